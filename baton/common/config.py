@@ -1,0 +1,135 @@
+"""The whole configuration of a cluster: one YAML file, one pydantic model, every command line flag a key of it.
+
+Nothing here is mutated after validation; "auto" values are resolved by pure functions that return a new object.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from baton.common.errors import ConfigError
+
+Device = Literal["auto", "cuda", "cpu"]
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+PathPolicy = Literal["local", "remote", "auto"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerConfig(_Section):
+    """Where clients reach the router, and what it accepts."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    grpc_port: int = Field(8001, ge=0, le=65535)
+    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
+    request_timeout_s: float = Field(600.0, gt=0)
+
+
+class ClusterConfig(_Section):
+    """How many workers of each role, and where. None: chosen from the machine (see baton.cluster.layout)."""
+
+    prefill: int | None = Field(None, ge=0)
+    decode: int | None = Field(None, ge=1)
+    device: Device = "auto"
+    ray_address: str | None = None
+    start_timeout_s: float = Field(300.0, gt=0)
+
+
+class EngineConfig(_Section):
+    """One worker's engine. Lengths count tokens."""
+
+    dtype: DType = "auto"
+    block_size: Literal[16, 32, 64] = 16
+    max_model_len: int | None = Field(None, ge=1)
+    num_blocks: int | None = Field(None, ge=1)
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    max_num_seqs: int = Field(64, ge=1, le=1024)
+    max_num_batched_tokens: int = Field(2048, ge=1)
+    prefix_cache: bool = True
+    cpu_threads: int = Field(1, ge=1)
+
+
+class TransferConfig(_Section):
+    """The KV connection of a prefill/decode pair. Times in seconds, sizes in bytes."""
+
+    window: int = Field(4, ge=1, le=64)
+    slot_bytes: int = Field(8 * 1024 * 1024, ge=4096, le=32 * 1024 * 1024)
+    layer_groups: int = Field(4, ge=1)
+    connect_timeout_s: float = Field(20.0, gt=0)
+    operation_timeout_s: float = Field(2.0, gt=0)
+    lease_s: float = Field(30.0, gt=0)
+
+
+class RouterConfig(_Section):
+    """Dispatch, admission and liveness. Times in seconds."""
+
+    policy: PathPolicy = "auto"
+    max_concurrent: int = Field(256, ge=1)
+    max_queued: int = Field(1024, ge=0)
+    max_attempts: int = Field(3, ge=1)
+    prefill_queue_s: float = Field(0.5, gt=0)
+    heartbeat_interval_s: float = Field(0.25, gt=0)
+    heartbeat_timeout_s: float = Field(2.0, gt=0)
+    recent_requests: int = Field(1000, ge=0)
+
+
+class BatonConfig(_Section):
+    """Everything `baton serve` needs. `model` is a directory in Hugging Face format."""
+
+    model: str
+    served_model_name: str | None = None
+    server: ServerConfig = ServerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    engine: EngineConfig = EngineConfig()
+    transfer: TransferConfig = TransferConfig()
+    router: RouterConfig = RouterConfig()
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or Path(self.model).name
+
+
+def load_config(file: Path | None, overrides: dict[str, object]) -> BatonConfig:
+    """Merge a YAML file with overrides given as dotted keys ("engine.block_size"); overrides win.
+
+    Raises ConfigError naming the first wrong key.
+    """
+    values = _read_yaml(file) if file is not None else {}
+    for dotted, value in overrides.items():
+        _set(values, dotted, value)
+    try:
+        return BatonConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(".".join(str(part) for part in first["loc"]) or "config", first["msg"]) from None
+
+
+def _read_yaml(file: Path) -> dict[str, object]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("config", f"cannot read {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("config", f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError("config", f"{file} must hold a mapping, not a {type(content).__name__}")
+    return content
+
+
+def _set(values: dict[str, object], dotted: str, value: object) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        child = values.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(section, "must hold a mapping")
+        values = child
+    values[key] = value
