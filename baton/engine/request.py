@@ -19,7 +19,7 @@ class Phase(Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Owned by the engine thread. `token_ids` is prompt followed by output; KV exists for `num_computed_tokens` of them.
+    """Owned by the engine thread. `token_ids` is prompt and output; KV exists for `num_computed_tokens` of them.
 
     `hand_over`: stop after the first token and keep the blocks for the transfer. `num_emitted`: tokens of the prompt
     that earlier attempts already emitted, so the first new token has output position `num_emitted`.
