@@ -1,0 +1,75 @@
+"""What an attention backend is given and must do. The runner builds one `AttentionMetadata` per step; models call the
+backend twice per layer, on the engine thread and the current stream.
+
+Order of a batch: the decode rows first (one token each), then the prefill segments, each contiguous. So sequence `i`
+of the first `num_decodes` owns token row `i`, and `num_tokens == num_decodes + num_prefill_tokens`.
+
+Padding is a decode row with context length 0 and slot -1: nothing is stored for it and its output is zero. Its position
+must still be a valid row of the rotary table, and no entry of its block table is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Who attends to what in one step. All tensors lie on the device of the model.
+
+    cu_seqlens_q: int32 [num_seqs + 1], first token row of each sequence (decode rows count one each)
+    context_lens: int32 [num_seqs], KV length of a sequence including the new tokens of this step
+    block_tables: int32 [num_seqs, max_blocks], physical blocks; entries beyond the context are never read
+    slot_mapping: int64 [num_tokens], block * block_size + offset of a token; -1: not stored
+    max_seqlen_q: longest prefill segment (1 when there is none); an upper bound is enough
+    """
+
+    cu_seqlens_q: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    slot_mapping: torch.Tensor
+    max_seqlen_q: int
+    num_prefill_tokens: int
+    num_prefills: int
+    num_decodes: int
+
+    @property
+    def num_seqs(self) -> int:
+        return self.num_decodes + self.num_prefills
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decodes + self.num_prefill_tokens
+
+
+class AttentionBackend(Protocol):
+    """Rotary embedding, KV store and paged attention of one layer.
+
+    Shapes: q [num_tokens, num_heads, head_dim]; k, v [num_tokens, num_kv_heads, head_dim] (views of a fused product are
+    fine: only the last dimension must be contiguous); layer_kv [2, num_blocks, block_size, num_kv_heads, head_dim].
+    `num_heads` is a multiple of `num_kv_heads`; query head h reads KV head h // (num_heads // num_kv_heads).
+    """
+
+    def rope_and_store(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        layer_kv: torch.Tensor,
+        meta: AttentionMetadata,
+    ) -> None:
+        """Rotate q and k in place (Llama's rotate-half), then write k and v to the slots of `meta.slot_mapping`.
+
+        positions: integer [num_tokens]. cos_sin: float32 [max_positions, head_dim], cosines in the first half of a row,
+        sines in the second.
+        """
+        ...
+
+    def attend(self, q: torch.Tensor, layer_kv: torch.Tensor, meta: AttentionMetadata, scale: float) -> torch.Tensor:
+        """Causal attention of the new tokens over their context in the cache: [num_tokens, num_heads, head_dim]."""
+        ...
