@@ -33,13 +33,22 @@ class ServerConfig(_Section):
 
 
 class ClusterConfig(_Section):
-    """How many workers of each role, and where. None: chosen from the machine (see baton.cluster.layout)."""
+    """How many workers of each role, and where. None: chosen from the machine (see baton.cluster.layout).
+
+    `ray_address` None starts a Ray cluster of its own on this machine; its workers then listen on loopback only.
+    Otherwise workers listen on `worker_host`, by default the address under which Ray knows their node.
+    The resources are Ray custom resources that a worker of the role takes, to place it on nodes that offer them.
+    """
 
     prefill: int | None = Field(None, ge=0)
     decode: int | None = Field(None, ge=1)
     device: Device = "auto"
     ray_address: str | None = None
+    worker_host: str | None = None
+    prefill_resources: dict[str, float] = {}
+    decode_resources: dict[str, float] = {}
     start_timeout_s: float = Field(300.0, gt=0)
+    drain_timeout_s: float = Field(30.0, ge=0)
 
 
 class EngineConfig(_Section):

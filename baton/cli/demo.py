@@ -1,0 +1,108 @@
+"""`baton demo`: a cluster on the CPU, a few streamed requests over HTTP and gRPC, and where their time went."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from pathlib import Path
+
+import grpc
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from baton.cluster.serving import ServingCluster, serving_cluster
+from baton.common.config import BatonConfig, load_config
+from baton.engine.models.tiny import write_tiny_llama
+from protos import inference_pb2, inference_pb2_grpc
+
+_PROMPTS = (
+    "A baton is a short stick",
+    "The runner hands it over without slowing down, and the next one is already moving. " * 3,
+)
+_MAX_TOKENS = 32
+
+
+def demo() -> None:
+    """Start router, one prefill and one decode worker on the CPU, stream requests, print their timelines, stop."""
+    with tempfile.TemporaryDirectory(prefix="baton-demo-") as directory:
+        model = write_tiny_llama(Path(directory) / "tiny-llama")
+        config = load_config(
+            None,
+            {
+                "model": str(model),
+                "cluster.device": "cpu",
+                "cluster.prefill": 1,
+                "cluster.decode": 1,
+                "server.port": 0,
+                "server.grpc_port": 0,
+                "router.policy": "remote",
+            },
+        )
+        asyncio.run(_demo(config))
+
+
+async def _demo(config: BatonConfig) -> None:
+    console = Console()
+    async with serving_cluster(config, console.print) as cluster:
+        base_url = f"http://{config.server.host}:{cluster.router.http_port}"
+        async with httpx.AsyncClient(base_url=base_url, timeout=60.0) as http:
+            ids = [await _over_http(console, http, config, prompt) for prompt in _PROMPTS]
+            ids += [await _over_grpc(console, cluster, prompt) for prompt in _PROMPTS]
+            console.print(_timeline_table([(await http.get(f"/v1/requests/{id}")).json() for id in ids]))
+    console.print("stopped; no process is left")
+
+
+async def _over_http(console: Console, http: httpx.AsyncClient, config: BatonConfig, prompt: str) -> str:
+    """Stream one completion over HTTP, print the text as it arrives and return the request's id."""
+    body = {"model": config.model_name, "prompt": prompt, "max_tokens": _MAX_TOKENS, "seed": 1, "stream": True}
+    request_id = ""
+    _print_prompt(console, "HTTP", prompt)
+    async with http.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            data = line.removeprefix("data: ")
+            if data and data != "[DONE]":
+                chunk = json.loads(data)
+                request_id = chunk["id"]
+                _print_text(console, "".join(choice["text"] for choice in chunk["choices"]))
+    console.print()
+    return request_id
+
+
+async def _over_grpc(console: Console, cluster: ServingCluster, prompt: str) -> str:
+    """The same over gRPC."""
+    request = inference_pb2.GenerateRequest(
+        model=cluster.config.model_name,
+        text=prompt,
+        sampling=inference_pb2.SamplingParams(max_tokens=_MAX_TOKENS, seed=1),
+    )
+    request_id = ""
+    _print_prompt(console, "gRPC", prompt)
+    async with grpc.aio.insecure_channel(f"{cluster.config.server.host}:{cluster.router.grpc_port}") as channel:
+        async for response in inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=60.0):
+            request_id = response.request_id
+            _print_text(console, response.text)
+    console.print()
+    return request_id
+
+
+def _print_prompt(console: Console, transport: str, prompt: str) -> None:
+    shown = prompt if len(prompt) <= 48 else prompt[:45] + "..."
+    console.print(f"[bold]{transport}[/bold] {shown!r} ->", end=" ")
+
+
+def _print_text(console: Console, text: str) -> None:
+    # A model with random weights emits any byte: show control characters instead of sending them to the terminal.
+    console.print("".join(c if c.isprintable() else "·" for c in text), end="", markup=False, highlight=False)
+
+
+def _timeline_table(records: list[dict[str, object]]) -> Table:
+    """One row per request: when each stage ended, in milliseconds since the router received it, and why its path."""
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    typer.run(demo)

@@ -1,0 +1,33 @@
+"""The `baton` command line: one typer app, one module per command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from baton.cli import demo, model, serve
+from baton.common.errors import BatonError, ConfigError
+
+app = typer.Typer(
+    name="baton",
+    help="Serve large language models from prefill and decode workers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("serve")(serve.serve)
+app.command("demo")(demo.demo)
+app.add_typer(model.app, name="model")
+
+
+def main() -> None:
+    """Entry point. Exit code 2 for a wrong setting, 1 for a cluster that cannot run; one line on stderr for each."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"baton: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BatonError as error:
+        print(f"baton: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,48 @@
+"""Joins a Ray cluster or starts one of our own on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import ray
+
+from baton.common.config import BatonConfig
+from baton.common.errors import BatonError
+
+log = logging.getLogger(__name__)
+
+# The object store carries nothing of ours: tokens travel over gRPC, KV over torch.distributed.
+_OBJECT_STORE_BYTES = 80 * 1024 * 1024
+
+
+@contextlib.contextmanager
+def ray_session(config: BatonConfig) -> Iterator[None]:
+    """Ray is up inside the block. Raises BatonError when `cluster.ray_address` cannot be reached.
+
+    A cluster of our own always gets `address="local"`: a plain init would attach to whatever another program left.
+    """
+    if config.cluster.ray_address is None:
+        # Logical CPUs only place actors; each takes one, however few cores the machine has.
+        ray.init(
+            address="local",
+            num_cpus=(config.cluster.prefill or 0) + (config.cluster.decode or 0) + 8,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+        )
+    else:
+        try:
+            ray.init(address=config.cluster.ray_address, logging_level=logging.ERROR)
+        except (ConnectionError, TimeoutError) as error:
+            raise BatonError(f"cannot reach the Ray cluster at {config.cluster.ray_address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def count_gpus() -> int:
+    """GPUs that the joined Ray cluster offers."""
+    return int(ray.cluster_resources().get("GPU", 0))
