@@ -106,6 +106,13 @@ class Supervisor:
             remove_placement_group(self._group)
             self._group = None
 
+    @property
+    def placement_group(self) -> PlacementGroup:
+        """Where the workers are placed: bundle i holds the i-th of `layout.roles()`. Raises BatonError before start."""
+        if self._group is None:
+            raise BatonError("the workers are not placed: start the supervisor first")
+        return self._group
+
     def actor(self, name: str) -> ActorHandle:
         """The actor of a worker, by the name in WorkerAddress. Raises KeyError."""
         return self._actors[name]
