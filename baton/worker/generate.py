@@ -1,0 +1,33 @@
+"""Local generation: prefill and decode on this worker. Attached to every worker, whatever its role.
+
+Also the owner of attempts whose hand-over is complete: from then on they are local requests like any other.
+"""
+
+from __future__ import annotations
+
+from baton.common.clock import Clock
+from baton.engine.ports import Abort, AddRequest, RequestFailed
+from baton.worker.attempts import Attempt, Attempts
+from baton.worker.half import AttemptCommand, BaseHalf, EnginePort
+
+
+class GenerateHalf(BaseHalf):
+    """Stateless: the engine holds the requests, the table holds the attempts."""
+
+    commands = frozenset({"generate"})
+
+    def __init__(self, engine: EnginePort, attempts: Attempts, clock: Clock) -> None:
+        self._engine = engine
+        self._attempts = attempts
+        self._clock = clock
+
+    def begin(self, attempt: Attempt, _command: AttemptCommand) -> None:
+        self._engine.post(AddRequest(attempt.spec.request(attempt.engine_id, self._clock.now())))
+
+    def cancel(self, attempt: Attempt) -> None:
+        self._engine.post(Abort(attempt.engine_id))
+
+    def on_failure(self, failure: RequestFailed) -> None:
+        attempt = self._attempts.get(failure.request_id)
+        if attempt is not None and attempt.owner is self:
+            self._attempts.fail(attempt, "internal", f"{failure.code}: {failure.reason}")

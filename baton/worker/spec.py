@@ -1,0 +1,117 @@
+"""The router's request spec and the engine's KV layout, checked and turned into the engine's own types, and back.
+
+Pure; called on the asyncio thread when a command arrives and when a worker introduces itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from baton.common.errors import InvalidRequest
+from baton.common.sampling import SamplingParams
+from baton.engine.kv_layout import KVLayout
+from baton.engine.request import Request
+from protos import worker_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the loaded model allows. Lengths count tokens, prompt and output together."""
+
+    max_model_len: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A checked RequestSpec. `deadline_s`: seconds from acceptance, or None."""
+
+    token_ids: list[int]
+    num_emitted: int
+    sampling: SamplingParams
+    deadline_s: float | None
+
+    def request(self, engine_id: str, arrival: float, *, hand_over: bool = False, first_block: int = 0) -> Request:
+        """A fresh engine request; `first_block` is the first logical block that a hand-over has to send."""
+        return Request(
+            request_id=engine_id,
+            token_ids=list(self.token_ids),
+            sampling=self.sampling,
+            arrival=arrival,
+            hand_over=hand_over,
+            num_emitted=self.num_emitted,
+            first_block_to_send=first_block,
+        )
+
+
+def read_spec(spec: pb.RequestSpec, limits: Limits) -> Spec:
+    """Raises InvalidRequest with a sentence for the client when the spec cannot be served here."""
+    token_ids = list(spec.token_ids)
+    _check_tokens(token_ids, spec, limits)
+    return Spec(token_ids, spec.num_emitted, _read_sampling(spec), _read_deadline(spec))
+
+
+def _check_tokens(token_ids: list[int], spec: pb.RequestSpec, limits: Limits) -> None:
+    if not token_ids:
+        raise InvalidRequest("the prompt is empty", "prompt")
+    if max(token_ids) >= limits.vocab_size:
+        raise InvalidRequest(
+            f"token id {max(token_ids)} is not in the vocabulary of {limits.vocab_size} tokens", "prompt"
+        )
+    if spec.num_emitted >= len(token_ids):
+        raise InvalidRequest(
+            f"{spec.num_emitted} emitted tokens leave no prompt in a sequence of {len(token_ids)}", "num_emitted"
+        )
+    if len(token_ids) + spec.max_tokens > limits.max_model_len:
+        raise InvalidRequest(
+            f"{len(token_ids)} prompt tokens and max_tokens {spec.max_tokens} exceed the model's length of "
+            f"{limits.max_model_len} tokens",
+            "max_tokens",
+            "context_length_exceeded",
+        )
+
+
+def _read_sampling(spec: pb.RequestSpec) -> SamplingParams:
+    try:
+        return SamplingParams(
+            max_tokens=spec.max_tokens,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            top_k=spec.top_k,
+            seed=spec.seed,
+            choice=spec.choice,
+            min_tokens=spec.min_tokens,
+            stop_token_ids=frozenset(spec.stop_token_ids),
+        )
+    except ValueError as error:
+        raise InvalidRequest(str(error), "sampling") from None
+
+
+def _read_deadline(spec: pb.RequestSpec) -> float | None:
+    if not (math.isfinite(spec.deadline_s) and spec.deadline_s >= 0.0):
+        raise InvalidRequest(f"deadline_s must be a number of seconds from 0, got {spec.deadline_s}", "deadline_s")
+    return spec.deadline_s or None
+
+
+def layout_to_proto(layout: KVLayout) -> pb.KVLayout:
+    return pb.KVLayout(
+        model_hash=layout.model_hash,
+        dtype=layout.dtype,
+        block_size=layout.block_size,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+    )
+
+
+def layout_from_proto(layout: pb.KVLayout) -> KVLayout:
+    """Any values are taken as they are: `KVLayout.differences` names what does not fit."""
+    return KVLayout(
+        model_hash=layout.model_hash,
+        dtype=layout.dtype,
+        block_size=layout.block_size,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+    )
