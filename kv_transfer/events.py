@@ -42,7 +42,10 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class EpochDestroyed:
-    """The process group of `epoch` is gone: nothing of it can touch memory any more."""
+    """The process group of `epoch` is gone and its transfer thread has ended.
+
+    No pack, send, receive or unpack of it runs or will start: nothing of it can touch staging or KV blocks any more.
+    """
 
     peer: str
     epoch: str
@@ -57,7 +60,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed; deadlines at or before `now` fall due. Sent by the reaper's own timer."""
+    """Time has passed; deadlines at or before `now` fall due. Sent by the reaper's own timer, due or not."""
 
     now: float
 
@@ -97,7 +100,7 @@ class PrefillDone:
 
 @dataclass(frozen=True, slots=True)
 class PrefillFailed:
-    """The engine refused or dropped the prefill; its blocks are already back in the pool."""
+    """The engine refused or dropped the prefill. Blocks that it had stay held until ReleasePrefill."""
 
     key: AttemptKey
     reason: str
@@ -134,10 +137,11 @@ class FromDecode:
 
 @dataclass(frozen=True, slots=True)
 class OpenRequested:
-    """The router asks for a reservation, to be filled by `peer` before `deadline`."""
+    """The router asks for a reservation for a prompt of `num_tokens`, to be filled by `peer` before `deadline`."""
 
     key: AttemptKey
     peer: str
+    num_tokens: int
     deadline: float
 
 
