@@ -16,5 +16,5 @@ def make_backend(device: torch.device) -> AttentionBackend:
         return TorchBackend()
     # The one import by name: a CPU build of torch comes without Triton, and only this branch needs it.
     module = importlib.import_module("baton.engine.attention.triton_backend")
-    backend: AttentionBackend = module.TritonBackend()
+    backend: AttentionBackend = module.TritonBackend(device)
     return backend

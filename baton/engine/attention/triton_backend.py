@@ -1,0 +1,55 @@
+"""Attention through the Triton kernels: the backend of GPU workers. Stateless but for the device's tuning table.
+
+Launches on the current stream, never synchronises; `attend` is legal in a CUDA graph as long as the batch holds decode
+rows only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from baton.engine.attention.base import AttentionMetadata
+from baton.engine.kernels.decode_attention import decode_attention
+from baton.engine.kernels.prefill_attention import prefill_attention
+from baton.engine.kernels.rope_store import rope_and_store
+from baton.engine.kernels.tuning import Tuning
+
+
+class TritonBackend:
+    """Implements `AttentionBackend` on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._tuning = Tuning.of(device)
+
+    def rope_and_store(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        layer_kv: torch.Tensor,
+        meta: AttentionMetadata,
+    ) -> None:
+        rope_and_store(q, k, v, positions, cos_sin, layer_kv, meta.slot_mapping)
+
+    def attend(self, q: torch.Tensor, layer_kv: torch.Tensor, meta: AttentionMetadata, scale: float) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        num_kv_heads, head_dim = layer_kv.shape[3:]
+        if meta.num_decodes:
+            config = self._tuning.decode(head_dim, num_kv_heads, q.dtype)
+            decode_attention(q, layer_kv, out, meta.context_lens, meta.block_tables, meta.num_decodes, scale, config)
+        if meta.num_prefills:
+            prefill_attention(
+                q,
+                layer_kv,
+                out,
+                meta.cu_seqlens_q,
+                meta.context_lens,
+                meta.block_tables,
+                meta.num_decodes,
+                meta.max_seqlen_q,
+                scale,
+                self._tuning.prefill(head_dim, q.dtype),
+            )
+        return out

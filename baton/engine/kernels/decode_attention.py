@@ -1,0 +1,240 @@
+"""Attention of one new token per sequence over its paged context, split along the context, then merged.
+
+How the contexts are split is computed on the device from `context_lens`, the same way in both kernels, and the grid
+depends on the batch size only: a captured CUDA graph stays right when the lengths change. Contexts are cut into splits
+of one common length, so that a long sequence in a batch of short ones gets more programs.
+"""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from baton.engine.kernels.paged import attend_range, check_cache, dot_precision
+from baton.engine.kernels.tuning import DecodeConfig
+
+_MERGE_TILE = 16
+
+
+@triton.jit
+def plan_splits(context_lens_ptr, num_seqs, programs, min_tiles, NUM_SEQS_PAD: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles per split, splits of each sequence (at least one, so that an empty row is written too), and their ends.
+
+    Their sum is at most `programs + num_seqs`: the extent of the grid and of the scratch buffers.
+    """
+    i = tl.arange(0, NUM_SEQS_PAD)
+    context_lens = tl.load(context_lens_ptr + i, mask=i < num_seqs, other=0)
+    tiles = (context_lens + BLOCK_N - 1) // BLOCK_N
+    split_tiles = tl.maximum((tl.sum(tiles) + programs - 1) // programs, min_tiles)
+    splits = tl.where(i < num_seqs, tl.maximum((tiles + split_tiles - 1) // split_tiles, 1), 0)
+    return split_tiles, splits, tl.cumsum(splits)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "programs", "min_tiles", "stride_table"])
+def decode_attention_kernel(
+    q_ptr,  # [num_seqs, num_heads, head_dim]
+    kv_ptr,  # [2, num_blocks, block_size, num_kv_heads, head_dim]
+    out_ptr,  # [num_seqs, num_heads, head_dim], contiguous
+    partial_ptr,  # float32 [programs + num_seqs, num_heads, head_dim]
+    lse_ptr,  # float32 [programs + num_seqs, num_heads], base 2
+    context_lens_ptr,
+    block_tables_ptr,
+    scale_log2,
+    num_seqs,
+    programs,
+    min_tiles,
+    stride_q_seq,
+    stride_q_head,
+    v_offset,
+    stride_block,
+    stride_slot,
+    stride_table,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SEQS_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # KV heads run fastest: neighbours in the grid read neighbouring memory.
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    split_tiles, splits, ends = plan_splits(context_lens_ptr, num_seqs, programs, min_tiles, NUM_SEQS_PAD, BLOCK_N)
+    if item >= tl.sum(splits):
+        return
+    i = tl.arange(0, NUM_SEQS_PAD)
+    seq = tl.sum(((ends <= item) & (i < num_seqs)).to(tl.int32))
+    num_splits = tl.sum(tl.where(i == seq, splits, 0))
+    split = item - tl.sum(tl.where(i < seq, splits, 0))
+    context_len = tl.load(context_lens_ptr + seq)
+    begin = split * split_tiles * BLOCK_N
+    end = tl.minimum(begin + split_tiles * BLOCK_N, context_len)
+
+    g = tl.arange(0, GROUP_PAD)
+    d = tl.arange(0, HEAD_DIM_PAD)
+    head = kv_head * GROUP + g
+    row_mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    q_row = q_ptr + seq.to(tl.int64) * stride_q_seq
+    q = tl.load(q_row + (head * stride_q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+
+    last_visible = tl.zeros([GROUP_PAD], tl.int32) + (end - 1)
+    k_ptr = kv_ptr + kv_head * HEAD_DIM
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * stride_table
+    full_end = end // BLOCK_N * BLOCK_N
+    acc, row_sum, row_max = attend_range(
+        q,
+        last_visible,
+        k_ptr,
+        v_offset,
+        table_ptr,
+        begin,
+        full_end,
+        end,
+        scale_log2,
+        stride_block,
+        stride_slot,
+        GROUP_PAD,
+        HEAD_DIM,
+        HEAD_DIM_PAD,
+        BLOCK_SIZE,
+        BLOCK_N,
+        PRECISION,
+    )
+    # An empty context (a padded row) has sum 0 and gives zeros.
+    acc = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
+    if num_splits == 1:
+        out = out_ptr + seq.to(tl.int64) * (NUM_HEADS * HEAD_DIM) + (head * HEAD_DIM)[:, None] + d[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_mask)
+    else:
+        row = item.to(tl.int64) * NUM_HEADS + head
+        tl.store(partial_ptr + (row * HEAD_DIM)[:, None] + d[None, :], acc, mask=row_mask)
+        tl.store(lse_ptr + row, row_max + tl.math.log2(row_sum), mask=g < GROUP)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "programs", "min_tiles"])
+def merge_splits_kernel(
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    context_lens_ptr,
+    num_seqs,
+    programs,
+    min_tiles,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SEQS_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    head = tl.program_id(0)
+    seq = tl.program_id(1)
+    _, splits, _ = plan_splits(context_lens_ptr, num_seqs, programs, min_tiles, NUM_SEQS_PAD, BLOCK_N)
+    i = tl.arange(0, NUM_SEQS_PAD)
+    num_splits = tl.sum(tl.where(i == seq, splits, 0))
+    if num_splits == 1:
+        return  # written by the attention kernel
+    first = tl.sum(tl.where(i < seq, splits, 0))
+    d = tl.arange(0, HEAD_DIM_PAD)
+    maximum = float("-inf")
+    total = 0.0
+    acc = tl.zeros([HEAD_DIM_PAD], tl.float32)
+    for start in range(0, num_splits, TILE):
+        split = start + tl.arange(0, TILE)
+        row = (first + split).to(tl.int64) * NUM_HEADS + head
+        lse = tl.load(lse_ptr + row, mask=split < num_splits, other=float("-inf"))
+        # Scratch beyond the last split is not initialised: masked, not multiplied by zero.
+        mask = (split < num_splits)[:, None] & (d < HEAD_DIM)[None, :]
+        partial = tl.load(partial_ptr + (row * HEAD_DIM)[:, None] + d[None, :], mask=mask, other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(lse))
+        weight = tl.math.exp2(lse - new_maximum)
+        alpha = tl.math.exp2(maximum - new_maximum)
+        acc = acc * alpha + tl.sum(partial * weight[:, None], 0)
+        total = total * alpha + tl.sum(weight)
+        maximum = new_maximum
+    out = out_ptr + (seq.to(tl.int64) * NUM_HEADS + head) * HEAD_DIM + d
+    tl.store(out, (acc / total).to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    layer_kv: torch.Tensor,
+    out: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    num_seqs: int,
+    scale: float,
+    config: DecodeConfig,
+) -> None:
+    """Fill out[:num_seqs] for q[:num_seqs]; rows with context length 0 become zero. Legal in a CUDA graph.
+
+    out: like q, contiguous. Raises ValueError.
+    """
+    check_cache(q, layer_kv)
+    _, _, block_size, num_kv_heads, head_dim = layer_kv.shape
+    num_heads = q.shape[1]
+    group = num_heads // num_kv_heads
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if out.shape != q.shape or not out.is_contiguous():
+        raise ValueError("out must be contiguous and have the shape of q")
+    if num_seqs == 0:
+        return
+    items = config.programs + num_seqs
+    partial = torch.empty((items, num_heads, head_dim), dtype=torch.float32, device=q.device)
+    lse = torch.empty((items, num_heads), dtype=torch.float32, device=q.device)
+    num_seqs_pad = triton.next_power_of_2(num_seqs)
+    head_dim_pad = max(16, triton.next_power_of_2(head_dim))
+    decode_attention_kernel[(num_kv_heads, items)](
+        q,
+        layer_kv,
+        out,
+        partial,
+        lse,
+        context_lens,
+        block_tables,
+        scale * math.log2(math.e),
+        num_seqs,
+        config.programs,
+        config.min_tiles,
+        q.stride(0),
+        q.stride(1),
+        layer_kv.stride(0),
+        layer_kv.stride(1),
+        layer_kv.stride(2),
+        block_tables.stride(0),
+        GROUP=group,
+        GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PAD=head_dim_pad,
+        BLOCK_SIZE=block_size,
+        BLOCK_N=config.block_n,
+        NUM_SEQS_PAD=num_seqs_pad,
+        PRECISION=dot_precision(q.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    merge_splits_kernel[(num_heads, num_seqs)](
+        out,
+        partial,
+        lse,
+        context_lens,
+        num_seqs,
+        config.programs,
+        config.min_tiles,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PAD=head_dim_pad,
+        BLOCK_N=config.block_n,
+        NUM_SEQS_PAD=num_seqs_pad,
+        TILE=_MERGE_TILE,
+        num_warps=4,
+    )

@@ -1,0 +1,156 @@
+"""One step of online-softmax attention over a tile of a paged KV cache: shared by the prefill and the decode kernel."""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _attend_tile(
+    q,  # [rows, HEAD_DIM_PAD]
+    acc,  # [rows, HEAD_DIM_PAD] float32
+    row_sum,  # [rows] float32
+    row_max,  # [rows] float32, in the exponent's base 2
+    last_visible,  # [rows] last position that a row may see; used when MASKED
+    k_ptr,  # first element of this KV head in block 0
+    v_offset,  # elements from K to V
+    table_ptr,  # block table of this sequence
+    start,  # first position of the tile, a multiple of BLOCK_N
+    end,  # positions from here on are not read; used when MASKED
+    scale_log2,  # softmax scale times log2(e), so that exp2 does for exp
+    stride_block,
+    stride_slot,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, HEAD_DIM_PAD)
+    position = start + n
+    if BLOCK_N <= BLOCK_SIZE:
+        # The tile lies in one block: one scalar load.
+        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
+        row = block * stride_block + (start % BLOCK_SIZE + n).to(tl.int64) * stride_slot
+    else:
+        # All rows of a block read the same entry, so this costs one cached line, and no exchange between threads.
+        if MASKED:
+            block = tl.load(table_ptr + position // BLOCK_SIZE, mask=position < end, other=0)
+        else:
+            block = tl.load(table_ptr + position // BLOCK_SIZE)
+        row = block.to(tl.int64) * stride_block + (n % BLOCK_SIZE) * stride_slot
+    pointers = k_ptr + row[:, None] + d[None, :]
+
+    # Slots past the end of the context may hold anything, NaN included, and 0 * NaN is NaN: they must not be loaded.
+    if MASKED:
+        if HEAD_DIM == HEAD_DIM_PAD:
+            mask = (position < end)[:, None]
+        else:
+            mask = (position < end)[:, None] & (d < HEAD_DIM)[None, :]
+        k = tl.load(pointers, mask=mask, other=0.0)
+    else:
+        if HEAD_DIM == HEAD_DIM_PAD:
+            k = tl.load(pointers)
+        else:
+            k = tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(position[None, :] <= last_visible[:, None], scores, float("-inf"))
+
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+    p = tl.math.exp2(scores * scale_log2 - new_max[:, None])
+    alpha = tl.math.exp2(row_max - new_max)
+    row_sum = row_sum * alpha + tl.sum(p, 1)
+
+    if MASKED:
+        v = tl.load(pointers + v_offset, mask=mask, other=0.0)
+    else:
+        if HEAD_DIM == HEAD_DIM_PAD:
+            v = tl.load(pointers + v_offset)
+        else:
+            v = tl.load(pointers + v_offset, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, row_sum, new_max
+
+
+@triton.jit
+def attend_range(
+    q,  # [ROWS, HEAD_DIM_PAD]
+    last_visible,  # [ROWS]
+    k_ptr,
+    v_offset,
+    table_ptr,
+    begin,  # a multiple of BLOCK_N
+    full_end,  # a multiple of BLOCK_N: positions in [begin, full_end) are visible to every row
+    end,
+    scale_log2,
+    stride_block,
+    stride_slot,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax numerator [ROWS, HEAD_DIM_PAD], denominator and base-2 maximum [ROWS] over positions [begin, end).
+
+    Every row must see `begin`, or its maximum stays infinite and its output becomes NaN.
+    """
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_DIM_PAD], tl.float32)
+    # Unrolled: the loop without masks, then the one with masks for what is left.
+    for masked in tl.static_range(2):
+        first = full_end if masked else begin
+        last = end if masked else full_end
+        for start in range(first, last, BLOCK_N):
+            acc, row_sum, row_max = _attend_tile(
+                q,
+                acc,
+                row_sum,
+                row_max,
+                last_visible,
+                k_ptr,
+                v_offset,
+                table_ptr,
+                start,
+                end,
+                scale_log2,
+                stride_block,
+                stride_slot,
+                HEAD_DIM,
+                HEAD_DIM_PAD,
+                BLOCK_SIZE,
+                BLOCK_N,
+                masked,
+                PRECISION,
+            )
+    return acc, row_sum, row_max
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """TF32 would cost float32 half of its digits; other types ignore the setting."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def check_cache(q: torch.Tensor, layer_kv: torch.Tensor) -> None:
+    """Raise ValueError unless `q` and `layer_kv` have the layout that the attention kernels address."""
+    if layer_kv.dim() != 5 or layer_kv.shape[0] != 2:
+        raise ValueError(f"layer_kv must be [2, num_blocks, block_size, num_kv_heads, head_dim], got {layer_kv.shape}")
+    _, _, block_size, num_kv_heads, head_dim = layer_kv.shape
+    if not layer_kv[0].is_contiguous():
+        raise ValueError("K and V of a layer must each be contiguous")
+    if block_size not in (16, 32, 64, 128):
+        raise ValueError(f"block_size must be 16, 32, 64 or 128, got {block_size}")
+    if q.dim() != 3 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
+        raise ValueError(f"q {tuple(q.shape)} does not fit a cache with {num_kv_heads} KV heads of {head_dim}")
+    if q.stride(2) != 1:
+        raise ValueError("the last dimension of q must be contiguous")
+    if q.dtype != layer_kv.dtype:
+        raise ValueError(f"q is {q.dtype}, the cache is {layer_kv.dtype}")

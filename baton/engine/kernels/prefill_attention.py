@@ -1,0 +1,150 @@
+"""Causal attention of prompt segments over a paged cache that may already hold a prefix.
+
+A program owns BLOCK_M rows: the query heads of one KV head for BLOCK_M // GROUP consecutive tokens, so each K and V
+tile is read once for the whole group.
+"""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from baton.engine.kernels.paged import attend_range, check_cache, dot_precision
+from baton.engine.kernels.tuning import PrefillConfig
+
+
+# Integers that change from step to step are not specialised: a new class of values would compile again while serving.
+@triton.jit(do_not_specialize=["first_seq", "stride_table"])
+def prefill_attention_kernel(
+    q_ptr,  # [num_tokens, num_heads, head_dim]
+    kv_ptr,  # [2, num_blocks, block_size, num_kv_heads, head_dim]
+    out_ptr,  # [num_tokens, num_heads, head_dim], contiguous
+    cu_seqlens_q_ptr,
+    context_lens_ptr,
+    block_tables_ptr,
+    scale_log2,
+    first_seq,
+    stride_q_token,
+    stride_q_head,
+    stride_out_token,
+    v_offset,
+    stride_block,
+    stride_slot,
+    stride_table,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    kv_head = tl.program_id(1)
+    seq = first_seq + tl.program_id(2)
+    # The last tokens have the longest context: they start first, so that no long program is left for the end.
+    first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS
+    seq_start = tl.load(cu_seqlens_q_ptr + seq)
+    num_new = tl.load(cu_seqlens_q_ptr + seq + 1) - seq_start
+    if first_token >= num_new:
+        return
+    context_len = tl.load(context_lens_ptr + seq)
+    prefix = context_len - num_new
+
+    row = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, HEAD_DIM_PAD)
+    token = first_token + row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    is_row = (row < TOKENS * GROUP) & (token < num_new)
+    row_mask = is_row[:, None] & (d < HEAD_DIM)[None, :]
+    at = (seq_start + token).to(tl.int64)
+    q = tl.load(q_ptr + (at * stride_q_token + head * stride_q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+
+    last_visible = prefix + token
+    k_ptr = kv_ptr + kv_head * HEAD_DIM
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * stride_table
+    end = tl.minimum(prefix + first_token + TOKENS, context_len)
+    # Positions below full_end are visible to every row. Row 0 sees position 0, so no row's maximum stays infinite.
+    full_end = (prefix + first_token + 1) // BLOCK_N * BLOCK_N
+    acc, row_sum, _ = attend_range(
+        q,
+        last_visible,
+        k_ptr,
+        v_offset,
+        table_ptr,
+        0,
+        full_end,
+        end,
+        scale_log2,
+        stride_block,
+        stride_slot,
+        BLOCK_M,
+        HEAD_DIM,
+        HEAD_DIM_PAD,
+        BLOCK_SIZE,
+        BLOCK_N,
+        PRECISION,
+    )
+    out = out_ptr + (at * stride_out_token + head * HEAD_DIM)[:, None] + d[None, :]
+    tl.store(out, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=row_mask)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    layer_kv: torch.Tensor,
+    out: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    first_seq: int,
+    max_seqlen_q: int,
+    scale: float,
+    config: PrefillConfig,
+) -> None:
+    """Fill the rows of `out` that belong to sequences [first_seq, num_seqs). No host synchronisation.
+
+    out: like q, contiguous. `max_seqlen_q` is an upper bound of these sequences' new tokens. Raises ValueError.
+    """
+    check_cache(q, layer_kv)
+    _, _, block_size, num_kv_heads, head_dim = layer_kv.shape
+    num_seqs = context_lens.shape[0] - first_seq
+    group = q.shape[1] // num_kv_heads
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if out.shape != q.shape or not out.is_contiguous():
+        raise ValueError("out must be contiguous and have the shape of q")
+    if group > config.block_m:
+        raise ValueError(f"{group} query heads per KV head do not fit into {config.block_m} rows")
+    if num_seqs <= 0 or max_seqlen_q <= 0:
+        return
+    grid = (triton.cdiv(max_seqlen_q, config.block_m // group), num_kv_heads, num_seqs)
+    prefill_attention_kernel[grid](
+        q,
+        layer_kv,
+        out,
+        cu_seqlens_q,
+        context_lens,
+        block_tables,
+        scale * math.log2(math.e),
+        first_seq,
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        layer_kv.stride(0),
+        layer_kv.stride(1),
+        layer_kv.stride(2),
+        block_tables.stride(0),
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PAD=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_SIZE=block_size,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        PRECISION=dot_precision(q.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

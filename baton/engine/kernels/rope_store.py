@@ -1,0 +1,140 @@
+"""Rotary embedding of q and k in place, fused with the store of k and v into the paged cache."""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_HEADS_PER_PROGRAM = 16
+
+
+@triton.jit
+def _rotated(low_ptrs, high_ptrs, cos, sin, mask):
+    low = tl.load(low_ptrs, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(high_ptrs, mask=mask, other=0.0).to(tl.float32)
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
+def rope_store_kernel(
+    q_ptr,  # [num_tokens, num_heads, head_dim]
+    k_ptr,  # [num_tokens, num_kv_heads, head_dim]
+    v_ptr,  # like k
+    positions_ptr,
+    cos_sin_ptr,  # float32 [max_positions, head_dim]
+    kv_ptr,  # [2, num_blocks * block_size, num_kv_heads, head_dim]
+    slot_mapping_ptr,
+    stride_q_token,
+    stride_q_head,
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
+    v_offset,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    Q_TILES: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
+    d = tl.arange(0, HALF_PAD)
+    h = tl.arange(0, BLOCK_H)
+    angles = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * HEAD_DIM + d
+    cos = tl.load(angles, mask=d < HALF, other=0.0)[None, :]
+    sin = tl.load(angles + HALF, mask=d < HALF, other=0.0)[None, :]
+    if tile < Q_TILES:
+        head = tile * BLOCK_H + h
+        mask = (head < NUM_HEADS)[:, None] & (d < HALF)[None, :]
+        q_low = q_ptr + token * stride_q_token + (head * stride_q_head)[:, None] + d[None, :]
+        low, high = _rotated(q_low, q_low + HALF, cos, sin, mask)
+        tl.store(q_low, low.to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(q_low + HALF, high.to(q_ptr.dtype.element_ty), mask=mask)
+    else:
+        head = (tile - Q_TILES) * BLOCK_H + h
+        mask = (head < NUM_KV_HEADS)[:, None] & (d < HALF)[None, :]
+        k_low = k_ptr + token * stride_k_token + (head * stride_k_head)[:, None] + d[None, :]
+        low, high = _rotated(k_low, k_low + HALF, cos, sin, mask)
+        low = low.to(k_ptr.dtype.element_ty)
+        high = high.to(k_ptr.dtype.element_ty)
+        tl.store(k_low, low, mask=mask)
+        tl.store(k_low + HALF, high, mask=mask)
+        slot = tl.load(slot_mapping_ptr + token)
+        # A padded row has slot -1: its address would lie before the cache.
+        if slot >= 0:
+            v_low = v_ptr + token * stride_v_token + (head * stride_v_head)[:, None] + d[None, :]
+            cache = kv_ptr + slot * (NUM_KV_HEADS * HEAD_DIM) + (head * HEAD_DIM)[:, None] + d[None, :]
+            tl.store(cache, low, mask=mask)
+            tl.store(cache + HALF, high, mask=mask)
+            tl.store(cache + v_offset, tl.load(v_low, mask=mask), mask=mask)
+            tl.store(cache + v_offset + HALF, tl.load(v_low + HALF, mask=mask), mask=mask)
+
+
+def rope_and_store(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    layer_kv: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """See `AttentionBackend.rope_and_store`. Legal in a CUDA graph. Raises ValueError."""
+    _check(q, k, v, positions, cos_sin, layer_kv, slot_mapping)
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    if num_tokens == 0:
+        return
+    block_h = min(_HEADS_PER_PROGRAM, triton.next_power_of_2(max(num_heads, num_kv_heads)))
+    grid = (num_tokens, triton.cdiv(num_heads, block_h) + triton.cdiv(num_kv_heads, block_h))
+    rope_store_kernel[grid](
+        q,
+        k,
+        v,
+        positions,
+        cos_sin,
+        layer_kv,
+        slot_mapping,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        layer_kv.stride(0),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        HALF_PAD=triton.next_power_of_2(head_dim // 2),
+        BLOCK_H=block_h,
+        num_warps=4,
+    )
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    layer_kv: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    num_tokens, _, head_dim = q.shape
+    if k.shape != v.shape or k.shape[0] != num_tokens or k.shape[2] != head_dim or head_dim % 2:
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if layer_kv.shape[0] != 2 or layer_kv.shape[3:] != k.shape[1:] or not layer_kv[0].is_contiguous():
+        raise ValueError(f"layer_kv {tuple(layer_kv.shape)} does not fit k {tuple(k.shape)}")
+    if not q.dtype == k.dtype == v.dtype == layer_kv.dtype:
+        raise ValueError("q, k, v and the cache must have one dtype")
+    if cos_sin.dtype != torch.float32 or cos_sin.shape[1] != head_dim or not cos_sin.is_contiguous():
+        raise ValueError(f"cos_sin must be contiguous float32 [max_positions, {head_dim}]")
+    if positions.shape != (num_tokens,) or slot_mapping.shape != (num_tokens,) or slot_mapping.dtype != torch.int64:
+        raise ValueError(f"positions and slot_mapping (int64) must have {num_tokens} entries")
+    if any(x.stride(2) != 1 for x in (q, k, v)):
+        raise ValueError("the last dimension of q, k and v must be contiguous")

@@ -1,0 +1,89 @@
+"""Tile sizes and launch settings per GPU generation, kept as data: nothing is tuned at run time.
+
+`Tuning.of(device)` is made once per backend; the launchers take the small records it hands out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """`block_m` rows (tokens times query heads of a group) by `block_n` positions per tile."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """`programs` bounds the splits per KV head (beyond one per sequence); a split has at least `min_tiles` tiles."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    min_tiles: int
+
+
+# Head dimensions are padded to these; a table gives its rows in this order.
+_HEAD_DIMS: Final = (64, 128, 256)
+
+_HALF_PREFILL: Final = MappingProxyType(
+    {
+        8: (PrefillConfig(128, 64, 4, 3), PrefillConfig(128, 64, 8, 3), PrefillConfig(64, 32, 4, 2)),
+        9: (PrefillConfig(128, 128, 8, 3), PrefillConfig(128, 128, 8, 2), PrefillConfig(128, 64, 8, 2)),
+        10: (PrefillConfig(128, 128, 8, 3), PrefillConfig(128, 128, 8, 2), PrefillConfig(128, 64, 8, 2)),
+    }
+)
+_FLOAT32_PREFILL: Final = (PrefillConfig(32, 32, 4, 2), PrefillConfig(32, 32, 4, 2), PrefillConfig(32, 16, 4, 2))
+
+# block_n, num_warps, num_stages, programs per SM, min_tiles
+_HALF_DECODE: Final = MappingProxyType(
+    {
+        8: ((64, 4, 3, 4, 2), (64, 4, 3, 3, 2), (32, 4, 3, 2, 2)),
+        9: ((128, 4, 3, 4, 1), (64, 4, 3, 4, 2), (32, 4, 3, 4, 2)),
+        10: ((128, 4, 3, 4, 1), (64, 4, 3, 4, 2), (32, 4, 3, 4, 2)),
+    }
+)
+_FLOAT32_DECODE: Final = ((32, 4, 2, 4, 2), (32, 4, 2, 4, 2), (16, 4, 2, 4, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What a device is: the generation whose rows are used, and its number of streaming multiprocessors."""
+
+    generation: int
+    num_sms: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Tuning:
+        """An unknown newer generation uses the newest rows; the CPU (interpreter) counts as a tiny Hopper."""
+        if device.type != "cuda":
+            return cls(generation=9, num_sms=2)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(generation=min(max(properties.major, 8), 10), num_sms=properties.multi_processor_count)
+
+    def prefill(self, head_dim: int, dtype: torch.dtype) -> PrefillConfig:
+        rows = _HALF_PREFILL[self.generation] if dtype.itemsize == 2 else _FLOAT32_PREFILL
+        return rows[_row(head_dim)]
+
+    def decode(self, head_dim: int, num_kv_heads: int, dtype: torch.dtype) -> DecodeConfig:
+        rows = _HALF_DECODE[self.generation] if dtype.itemsize == 2 else _FLOAT32_DECODE
+        block_n, num_warps, num_stages, per_sm, min_tiles = rows[_row(head_dim)]
+        programs = max(1, self.num_sms * per_sm // num_kv_heads)
+        return DecodeConfig(block_n, num_warps, num_stages, programs, min_tiles)
+
+
+def _row(head_dim: int) -> int:
+    for i, size in enumerate(_HEAD_DIMS):
+        if head_dim <= size:
+            return i
+    raise ValueError(f"head_dim {head_dim} is larger than {_HEAD_DIMS[-1]}")
