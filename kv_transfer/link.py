@@ -1,0 +1,124 @@
+"""What both ends of a KV connection share: two threads per epoch, one that copies and one that drives the wire.
+
+With two threads, packing chunk n + 1 overlaps sending chunk n, and unpacking chunk n overlaps receiving chunk n + 1.
+Each runs its jobs in the order in which they were asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from kv_transfer.events import PeerLost
+from kv_transfer.jobs import JobThread
+from kv_transfer.staging import StagingPool
+from kv_transfer.transport import PairTransport, TransferError
+
+logger = logging.getLogger(__name__)
+
+E = TypeVar("E")
+
+
+class _SlotAction(Protocol):
+    """The part of Pack, StartSend, StartRecv and Unpack that a link needs."""
+
+    @property
+    def peer(self) -> str: ...
+    @property
+    def epoch(self) -> str: ...
+    @property
+    def slot(self) -> int: ...
+
+
+class Link(Generic[E]):
+    """One end of one epoch. Owns its transport and its threads; `on_event` is called on them and must not block.
+
+    The first failed job is reported as PeerLost and nothing after it; after `close` has returned, nothing at all.
+    """
+
+    def __init__(
+        self,
+        transport: PairTransport,
+        staging: StagingPool,
+        on_event: Callable[[E | PeerLost], None],
+        name: str,
+        close_timeout_s: float,
+    ) -> None:
+        self._transport = transport
+        self._staging = staging
+        self._on_event = on_event
+        self._close_timeout_s = close_timeout_s
+        self._stopped = threading.Event()
+        self._reporting = threading.RLock()
+        self._copy = JobThread(f"{name} copy")
+        self._wire = JobThread(f"{name} wire")
+        self._copy_stream = TransferStream(staging.device)
+        self._wire_stream = TransferStream(staging.device)
+
+    def close(self) -> None:
+        """Destroy the epoch: end the operation in flight, drop what is queued, end the threads. Idempotent.
+
+        From any thread but the link's own. Takes at most the transport's bound and the copy in progress. When it
+        returns, nothing of the link can touch staging or KV any more; raises TransferError if that was not reached.
+        """
+        with self._reporting:
+            self._stopped.set()
+        self._transport.close()
+        for thread in (self._wire, self._copy):
+            if not thread.close(self._close_timeout_s):
+                raise TransferError(f"a transfer thread is still busy {self._close_timeout_s} s after close")
+
+    def _submit(self, thread: JobThread, action: _SlotAction, job: Callable[[], E]) -> None:
+        with self._reporting:
+            if not self._stopped.is_set():
+                self._staging.hold(action.slot)
+                thread.submit(partial(self._execute, action, job))
+
+    def _execute(self, action: _SlotAction, job: Callable[[], E]) -> None:
+        try:
+            event = None if self._stopped.is_set() else job()
+        except TransferError as error:
+            self._lose(action, str(error))
+            return
+        except Exception as error:
+            logger.exception("transfer job failed: %s", action)
+            self._lose(action, f"{type(error).__name__} in a transfer job: {error}")
+            return
+        finally:
+            self._staging.release(action.slot)
+        with self._reporting:
+            if event is not None and not self._stopped.is_set():
+                self._on_event(event)
+
+    def _lose(self, action: _SlotAction, reason: str) -> None:
+        with self._reporting:
+            if not self._stopped.is_set():
+                self._stopped.set()
+                self._on_event(PeerLost(action.peer, action.epoch, reason))
+
+
+class TransferStream:
+    """A CUDA stream for one transfer thread; on the CPU, nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Zero is the lowest priority there is: the model's kernels go first wherever its stream has a higher one.
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def after(self, event: torch.cuda.Event | None) -> Iterator[None]:
+        """Work launched inside runs on this stream, after `event`."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            if event is not None:
+                self._stream.wait_event(event)
+            yield

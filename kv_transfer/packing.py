@@ -1,0 +1,121 @@
+"""Packing: KV blocks to and from the contiguous form in which a segment travels, with a fingerprint per block.
+
+A segment in staging is [num_layers_in_segment, 2, num_blocks_in_segment, block_size, num_kv_heads, head_dim]. Packers
+are called on a transfer thread; on CUDA they work on its current stream and return when that work is done.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+
+from kv_transfer.fingerprint import WORD_BYTES, salt_tensor, splitmix64_tensor, unsigned, word_multipliers
+from kv_transfer.messages import Segment
+
+_WORD_MASK = 0xFFFFFFFF
+
+
+class Packer(Protocol):
+    """`kv_cache` is the whole cache, `block_ids` the physical blocks of the segment in logical order."""
+
+    def pack(
+        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: list[int]
+    ) -> list[int]:
+        """Gather the segment into `out`, uint8 [segment bytes], and return one fingerprint per block."""
+        ...
+
+    def unpack(
+        self,
+        kv_cache: torch.Tensor,
+        segment: Segment,
+        block_ids: Sequence[int],
+        data: torch.Tensor,
+        salts: list[int],
+        expected: Sequence[int],
+    ) -> bool:
+        """Scatter `data` into the blocks; whether its fingerprints are the expected ones.
+
+        After False the blocks' content is undefined on CUDA (one pass hashes and scatters) and untouched on the CPU.
+        """
+        ...
+
+
+class TorchPacker:
+    """The reference, for CPU tensors: verifies before it scatters."""
+
+    def __init__(self) -> None:
+        self._multipliers: dict[int, torch.Tensor] = {}
+
+    def pack(
+        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: list[int]
+    ) -> list[int]:
+        check_shapes(kv_cache, segment, block_ids, out, salts)
+        layers = kv_cache[segment.layer_start : segment.layer_end]
+        torch.index_select(layers, 2, torch.tensor(block_ids), out=_as_blocks(kv_cache, segment, out))
+        return self.fingerprints(segment, out, salts)
+
+    def unpack(
+        self,
+        kv_cache: torch.Tensor,
+        segment: Segment,
+        block_ids: Sequence[int],
+        data: torch.Tensor,
+        salts: list[int],
+        expected: Sequence[int],
+    ) -> bool:
+        check_shapes(kv_cache, segment, block_ids, data, salts)
+        if self.fingerprints(segment, data, salts) != list(expected):
+            return False
+        layers = kv_cache[segment.layer_start : segment.layer_end]
+        layers.index_copy_(2, torch.tensor(block_ids), _as_blocks(kv_cache, segment, data))
+        return True
+
+    def fingerprints(self, segment: Segment, data: torch.Tensor, salts: list[int]) -> list[int]:
+        """One fingerprint per block of a packed segment, `data` uint8 [segment bytes]."""
+        planes = data.view(torch.int32).view(2 * segment.num_layers, segment.num_blocks, -1)
+        words_per_plane = planes.shape[2]
+        multipliers = self._multipliers_for(planes.shape[0] * words_per_plane)
+        total = torch.zeros(segment.num_blocks, dtype=torch.int64)
+        for index, plane in enumerate(planes):
+            weights = multipliers[index * words_per_plane : (index + 1) * words_per_plane]
+            total += ((plane.to(torch.int64) & _WORD_MASK) * weights).sum(dim=1)
+        return [unsigned(value) for value in splitmix64_tensor(total ^ salt_tensor(salts, total.device)).tolist()]
+
+    def _multipliers_for(self, num_words: int) -> torch.Tensor:
+        cached = self._multipliers.get(num_words)
+        if cached is None:
+            cached = self._multipliers[num_words] = word_multipliers(num_words, torch.device("cpu"))
+        return cached
+
+
+def check_shapes(
+    kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], data: torch.Tensor, salts: Sequence[int]
+) -> None:
+    """Raise ValueError unless all arguments describe the same segment of this cache."""
+    num_layers, _, num_blocks, block_size, num_kv_heads, head_dim = kv_cache.shape
+    if not 0 <= segment.layer_start < segment.layer_end <= num_layers:
+        raise ValueError(f"{segment} is outside a cache of {num_layers} layers")
+    if not len(block_ids) == len(salts) == segment.num_blocks > 0:
+        raise ValueError(f"{segment} with {len(block_ids)} block ids and {len(salts)} salts")
+    if min(block_ids) < 0 or max(block_ids) >= num_blocks:
+        raise ValueError(f"block ids {min(block_ids)} to {max(block_ids)} in a cache of {num_blocks} blocks")
+    plane_bytes = block_size * num_kv_heads * head_dim * kv_cache.element_size()
+    expected = 2 * segment.num_layers * segment.num_blocks * plane_bytes
+    if data.dtype != torch.uint8 or data.numel() != expected or plane_bytes % WORD_BYTES:
+        raise ValueError(f"{segment} takes {expected} bytes, the buffer is {data.dtype} [{data.numel()}]")
+
+
+def _as_blocks(kv_cache: torch.Tensor, segment: Segment, data: torch.Tensor) -> torch.Tensor:
+    """`data` as [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim] of the segment."""
+    return data.view(kv_cache.dtype).view(segment.num_layers, 2, segment.num_blocks, *kv_cache.shape[3:])
+
+
+def make_packer(device: torch.device) -> Packer:
+    """The packer for KV on `device`."""
+    if device.type == "cpu":
+        return TorchPacker()
+    # Imported by name: a machine without a GPU may have no Triton, and nothing else of this package needs it.
+    return cast(Packer, importlib.import_module("kv_transfer.triton_packing").TritonPacker())

@@ -1,0 +1,66 @@
+"""The prefill end of one epoch: packs segments into send slots and sends them.
+
+The prefill coordinator makes one per epoch and executes the protocol's Pack and StartSend actions through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from kv_transfer.events import Pack, Packed, PeerLost, SendDone, StartSend
+from kv_transfer.fingerprint import block_salts
+from kv_transfer.link import Link
+from kv_transfer.packing import Packer
+from kv_transfer.staging import StagingPool
+from kv_transfer.transport import PairTransport, TransferError
+
+SendEvent = Packed | SendDone | PeerLost
+
+
+class SendLink(Link[Packed | SendDone]):
+    """See `Link`. The methods return at once; their outcome comes through `on_event`."""
+
+    def __init__(
+        self,
+        transport: PairTransport,
+        staging: StagingPool,
+        packer: Packer,
+        kv_cache: torch.Tensor,
+        on_event: Callable[[SendEvent], None],
+        close_timeout_s: float = 10.0,
+    ) -> None:
+        super().__init__(transport, staging, on_event, "kv send", close_timeout_s)
+        self._packer = packer
+        self._kv_cache = kv_cache
+        self._packed_bytes: dict[int, int] = {}
+
+    def pack(self, action: Pack, block_ids: Sequence[int], event: torch.cuda.Event | None) -> None:
+        """Gather the segment's blocks into its slot once `event` has fired; then Packed.
+
+        `block_ids`: physical blocks of the segment in logical order; they must stay as they are until Packed.
+        """
+        self._submit(self._copy, action, lambda: self._pack(action, block_ids, event))
+
+    def start_send(self, action: StartSend) -> None:
+        """Send a packed slot; then SendDone."""
+        self._submit(self._wire, action, lambda: self._send(action))
+
+    def _pack(self, action: Pack, block_ids: Sequence[int], event: torch.cuda.Event | None) -> Packed:
+        num_bytes = self._staging.layout.segment_bytes(action.segment.num_layers, action.segment.num_blocks)
+        out = self._staging.slot(action.slot)[:num_bytes]
+        salts = block_salts(action.lease, action.seq, action.segment)
+        with self._copy_stream.after(event):
+            fingerprints = self._packer.pack(self._kv_cache, action.segment, block_ids, out, salts)
+        self._packed_bytes[action.slot] = num_bytes
+        return Packed(action.peer, action.epoch, action.seq, tuple(fingerprints))
+
+    def _send(self, action: StartSend) -> SendDone:
+        # Gloo ends the receiving process when more bytes come than it asked for: never send another number.
+        packed = self._packed_bytes.pop(action.slot, None)
+        if packed != action.num_bytes:
+            raise TransferError(f"slot {action.slot} holds {packed} packed bytes, asked to send {action.num_bytes}")
+        with self._wire_stream.after(None):
+            self._transport.send(self._staging.slot(action.slot)[: action.num_bytes])
+        return SendDone(action.peer, action.epoch, action.seq)
