@@ -179,7 +179,10 @@ class BlockCounts:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot, safe to read from any thread. `progress_age`: 0 when idle, else seconds since the last step ended."""
+    """A snapshot, safe to read from any thread. `progress_age`: 0 when idle, else seconds since the last step ended.
+
+    `failed_steps_in_a_row`: steps that raised since the last one that went well.
+    """
 
     blocks: BlockCounts
     num_waiting: int
@@ -187,3 +190,4 @@ class EngineStats:
     queued_prefill_tokens: int
     steps: int
     progress_age: float
+    failed_steps_in_a_row: int = 0

@@ -1,0 +1,133 @@
+"""What one step computes: the scheduler's choice, and the flat arrays that the runner feeds to the model.
+
+A step is one ragged batch: one token of every decoding request first, then the chosen prefill segments, each in one
+piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from baton.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSegment:
+    """Tokens [start, end) of a request's prompt, to be computed in this step."""
+
+    request: Request
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == self.request.num_cached_tokens
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == self.request.num_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """A scheduler's choice. Every request in it has the blocks for the tokens that it computes."""
+
+    decodes: tuple[Request, ...] = ()
+    prefills: tuple[PrefillSegment, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(segment.num_tokens for segment in self.prefills)
+
+    def requests(self) -> Iterator[Request]:
+        yield from self.decodes
+        yield from (segment.request for segment in self.prefills)
+
+    def sampled(self) -> list[Request]:
+        """The requests that get a token from this step, in the order of `Batch.sample_rows`."""
+        return [*self.decodes, *(segment.request for segment in self.prefills if segment.is_last)]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step as arrays. Rows are tokens; sequences are the decodes, then the prefill segments.
+
+    input_ids, positions, slot_mapping: int64 [num_tokens]; cu_seqlens_q: int32 [num_seqs + 1];
+    context_lens: int32 [num_seqs]; block_tables: int32 [num_seqs, max_blocks], padded with 0;
+    sample_rows: int64 [num_sampled], the token rows whose logits are needed.
+    """
+
+    input_ids: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    slot_mapping: npt.NDArray[np.int64]
+    cu_seqlens_q: npt.NDArray[np.int32]
+    context_lens: npt.NDArray[np.int32]
+    block_tables: npt.NDArray[np.int32]
+    sample_rows: npt.NDArray[np.int64]
+    max_seqlen_q: int
+    num_decodes: int
+    num_prefills: int
+    num_prefill_tokens: int
+
+
+def build_batch(step: ScheduledStep, block_size: int) -> Batch:
+    """Lay a step out as arrays. Pure; the step's requests are only read."""
+    spans = [(r, r.num_computed_tokens, r.num_computed_tokens + 1) for r in step.decodes]
+    spans += [(segment.request, segment.start, segment.end) for segment in step.prefills]
+    lens = np.array([end - start for _, start, end in spans], dtype=np.int32)
+    cu_seqlens_q = np.zeros(len(spans) + 1, dtype=np.int32)
+    np.cumsum(lens, out=cu_seqlens_q[1:])
+    context_lens = np.array([end for _, _, end in spans], dtype=np.int32)
+    block_tables = _block_tables([r.block_table for r, _, _ in spans], context_lens, block_size)
+    sequence_of_row = np.repeat(np.arange(len(spans)), lens)
+    rows = np.arange(int(cu_seqlens_q[-1]), dtype=np.int64)
+    positions = rows - cu_seqlens_q[sequence_of_row] + (context_lens - lens)[sequence_of_row]
+    blocks = block_tables[sequence_of_row, positions // block_size].astype(np.int64)
+    return Batch(
+        input_ids=_input_ids(spans, len(rows)),
+        positions=positions,
+        slot_mapping=blocks * block_size + positions % block_size,
+        cu_seqlens_q=cu_seqlens_q,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        sample_rows=_sample_rows(step, cu_seqlens_q),
+        max_seqlen_q=max((segment.num_tokens for segment in step.prefills), default=1),
+        num_decodes=len(step.decodes),
+        num_prefills=len(step.prefills),
+        num_prefill_tokens=step.num_prefill_tokens,
+    )
+
+
+def _input_ids(spans: list[tuple[Request, int, int]], num_tokens: int) -> npt.NDArray[np.int64]:
+    input_ids = np.empty(num_tokens, dtype=np.int64)
+    row = 0
+    for request, start, end in spans:
+        input_ids[row : row + end - start] = request.token_ids[start:end]
+        row += end - start
+    return input_ids
+
+
+def _block_tables(
+    tables: list[list[int]], context_lens: npt.NDArray[np.int32], block_size: int
+) -> npt.NDArray[np.int32]:
+    used = -(-context_lens // block_size)
+    padded = np.zeros((len(tables), int(used.max(initial=0))), dtype=np.int32)
+    for row, table in enumerate(tables):
+        padded[row, : used[row]] = table[: used[row]]
+    return padded
+
+
+def _sample_rows(step: ScheduledStep, cu_seqlens_q: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    wanted = [True] * len(step.decodes) + [segment.is_last for segment in step.prefills]
+    return np.array([int(end) - 1 for end, want in zip(cu_seqlens_q[1:], wanted, strict=True) if want], dtype=np.int64)

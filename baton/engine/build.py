@@ -1,0 +1,108 @@
+"""Building an engine from a configuration and a checkpoint. Called once per worker, before the engine thread starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from baton.common.clock import Clock
+from baton.common.config import DType, EngineConfig, TransferConfig
+from baton.common.errors import ConfigError
+from baton.engine.attention.factory import make_backend
+from baton.engine.block_pool import BlockPool
+from baton.engine.kv_layout import DTYPES, KVLayout
+from baton.engine.loop import Engine
+from baton.engine.models.config import ModelConfig, load_model_config
+from baton.engine.models.llama import LlamaForCausalLM
+from baton.engine.models.loader import fill_random, load_checkpoint, model_hash, random_hash
+from baton.engine.pool_size import checked_num_blocks, cpu_num_blocks, measured_num_blocks
+from baton.engine.ports import Ports
+from baton.engine.runner import Runner
+from baton.engine.schedulers.chunked import ChunkedScheduler
+
+
+def build_engine(
+    config: EngineConfig,
+    transfer: TransferConfig,
+    model_dir: Path,
+    device: torch.device,
+    ports: Ports,
+    clock: Clock,
+    *,
+    random_weights: bool = False,
+) -> Engine:
+    """Load the model, size and allocate the KV cache; the caller starts the engine.
+
+    `random_weights`: config.json alone is read, for measurements. Raises ConfigError naming the setting to change.
+    """
+    if device.type == "cpu":
+        torch.set_num_threads(config.cpu_threads)
+    model_config = load_model_config(model_dir)
+    max_model_len = resolve_max_model_len(config, model_config)
+    dtype = resolve_dtype(config.dtype, device)
+    layout = KVLayout(
+        model_hash=random_hash(model_config) if random_weights else model_hash(model_config, model_dir),
+        dtype=dtype,
+        block_size=config.block_size,
+        num_layers=model_config.num_layers,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+    )
+    model = _load(model_config, max_model_len, DTYPES[dtype], device, None if random_weights else model_dir)
+    runner = _runner(model, layout, config, max_model_len, device)
+    pool = BlockPool(runner.num_blocks, config.block_size, config.prefix_cache)
+    scheduler = ChunkedScheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
+    groups = transfer.layer_groups
+    return Engine(runner, pool, scheduler, ports, clock, layer_groups=groups, max_model_len=max_model_len)
+
+
+def resolve_dtype(dtype: DType, device: torch.device) -> str:
+    """ "auto" is bfloat16 on a GPU and float32 elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def resolve_max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    """The configured length, by default the model's. Raises ConfigError when it is longer than the model's."""
+    wanted = config.max_model_len or model_config.max_positions
+    if wanted > model_config.max_positions:
+        raise ConfigError("engine.max_model_len", f"{wanted} is more than the model's {model_config.max_positions}")
+    return wanted
+
+
+def _load(
+    config: ModelConfig, max_model_len: int, dtype: torch.dtype, device: torch.device, model_dir: Path | None
+) -> LlamaForCausalLM:
+    try:
+        model = LlamaForCausalLM(config, max_model_len, dtype, device)
+        if model_dir is None:
+            fill_random(model)
+        else:
+            load_checkpoint(model, model_dir)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError("model", f"the weights do not fit into the memory of {device}: {error}") from None
+    return model
+
+
+def _runner(
+    model: LlamaForCausalLM, layout: KVLayout, config: EngineConfig, max_model_len: int, device: torch.device
+) -> Runner:
+    backend = make_backend(device)
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    elif device.type == "cuda":
+        num_blocks = measured_num_blocks(model, backend, layout, config, max_model_len)
+    else:
+        num_blocks = cpu_num_blocks(layout, config, max_model_len)
+    checked_num_blocks(num_blocks, layout, max_model_len)
+    try:
+        kv_cache = layout.allocate(num_blocks, device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        size = num_blocks * layout.block_bytes / 2**20
+        message = (
+            f"a KV cache of {num_blocks} blocks ({size:.0f} MiB) does not fit into the memory of {device}: {error}"
+        )
+        raise ConfigError("engine.num_blocks", message) from None
+    return Runner(model, kv_cache, layout, backend)

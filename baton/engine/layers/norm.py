@@ -1,0 +1,20 @@
+"""RMS normalisation, computed in float32 whatever the model's type."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x: [num_tokens, hidden_size], weight: [hidden_size]. Returns x's shape and dtype."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add `x` to the residual stream and normalise the sum. Returns (normalised, new residual)."""
+    residual = residual + x
+    return rms_norm(residual, weight, eps), residual

@@ -1,0 +1,98 @@
+"""How many KV blocks a worker gets when the configuration does not say."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+
+from baton.common.config import EngineConfig
+from baton.common.errors import ConfigError
+from baton.engine.attention.base import AttentionBackend
+from baton.engine.batch import Batch
+from baton.engine.kv_layout import KVLayout
+from baton.engine.models.llama import LlamaForCausalLM
+from baton.engine.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+CPU_CACHE_BYTES = 256 * 2**20
+CPU_TOKENS_PER_SEQ = 256
+
+
+def cpu_num_blocks(layout: KVLayout, config: EngineConfig, max_model_len: int) -> int:
+    """Room for four longest sequences, or 256 tokens for each of `max_num_seqs`; at most 256 MiB."""
+    tokens = max(4 * max_model_len, config.max_num_seqs * CPU_TOKENS_PER_SEQ)
+    return min(layout.num_blocks_for(tokens), max(1, CPU_CACHE_BYTES // layout.block_bytes))
+
+
+def checked_num_blocks(num_blocks: int, layout: KVLayout, max_model_len: int) -> None:
+    """Raise ConfigError unless the longest allowed sequence fits."""
+    needed = layout.num_blocks_for(max_model_len)
+    if num_blocks < needed:
+        size = needed * layout.block_bytes / 2**20
+        raise ConfigError(
+            "engine.max_model_len",
+            f"a sequence of {max_model_len} tokens needs {needed} KV blocks ({size:.1f} MiB) and there are "
+            f"{num_blocks}: lower engine.max_model_len to {num_blocks * layout.block_size}, or raise engine.num_blocks "
+            "(on a GPU: engine.gpu_memory_utilization)",
+        )
+
+
+def measured_num_blocks(
+    model: LlamaForCausalLM, backend: AttentionBackend, layout: KVLayout, config: EngineConfig, max_model_len: int
+) -> int:
+    """What the GPU has left for the cache beside weights, the largest step and the share that it must keep free.
+
+    Runs the largest step once: `max_num_batched_tokens` of prefill and a sampled row for each of `max_num_seqs`.
+    """
+    device = model.device
+    try:
+        step_bytes = _largest_step_bytes(model, backend, layout, config, max_model_len)
+    except torch.OutOfMemoryError as error:
+        message = f"the largest step does not fit into the memory of {device}: lower it: {error}"
+        raise ConfigError("engine.max_num_batched_tokens", message) from None
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    room = int(total * config.gpu_memory_utilization) - (total - free) - step_bytes
+    logger.info("GPU memory: %d of %d bytes free, the largest step takes %d", free, total, step_bytes)
+    if room < layout.block_bytes:
+        message = f"{config.gpu_memory_utilization} of the memory of {device} leaves nothing for the KV cache: raise it"
+        raise ConfigError("engine.gpu_memory_utilization", message)
+    return room // layout.block_bytes
+
+
+def _largest_step_bytes(
+    model: LlamaForCausalLM, backend: AttentionBackend, layout: KVLayout, config: EngineConfig, max_model_len: int
+) -> int:
+    batch = _profiling_batch(config, max_model_len)
+    kv_cache = layout.allocate(batch.block_tables.shape[1], model.device)
+    runner = Runner(model, kv_cache, layout, backend)
+    torch.cuda.synchronize(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    runner.profile(batch)
+    torch.cuda.synchronize(model.device)
+    return torch.cuda.max_memory_allocated(model.device) - before
+
+
+def _profiling_batch(config: EngineConfig, max_model_len: int) -> Batch:
+    """Prompts of up to `max_model_len` that fill the token budget. They share blocks: what they compute is not read."""
+    budget, size = config.max_num_batched_tokens, config.block_size
+    lens = [max_model_len] * (budget // max_model_len) + [budget % max_model_len] * (budget % max_model_len > 0)
+    positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lens])
+    blocks = np.arange(-(-max(lens) // size), dtype=np.int32)
+    return Batch(
+        input_ids=np.zeros(budget, dtype=np.int64),
+        positions=positions,
+        slot_mapping=positions,
+        cu_seqlens_q=np.concatenate(([0], np.cumsum(lens))).astype(np.int32),
+        context_lens=np.array(lens, dtype=np.int32),
+        block_tables=np.tile(blocks, (len(lens), 1)),
+        sample_rows=np.zeros(min(config.max_num_seqs, budget), dtype=np.int64),
+        max_seqlen_q=max(lens),
+        num_decodes=0,
+        num_prefills=len(lens),
+        num_prefill_tokens=budget,
+    )

@@ -1,0 +1,110 @@
+"""Drawing the next token of every row from its logits. Runs on the engine thread; no state.
+
+A row is drawn by a Gumbel race: every token gets logit / temperature - log(-log(u)), the largest wins. u comes from
+Philox with key (seed, low word first) and counter (token id, absolute position of the drawn token, choice, 0), so that
+a row's draw depends on nothing but the row: neither on the batch nor on the worker. Order of the settings: temperature,
+then top-k (ties at the edge: lower ids first), then top-p (the fewest tokens whose probability reaches it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from baton.engine.philox import philox4x32
+from baton.engine.request import Request
+
+NOT_FINITE = -1
+_WORD = 0xFFFFFFFF
+_MIN_TEMPERATURE = 1e-6  # a float32 that is not flushed to zero
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """Settings of the rows to draw, [num_rows] each on the logits' device.
+
+    `drawn` (int64) lists the rows that are not greedy; all other tensors have one entry per drawn row. `top_k` is the
+    vocabulary's size where it is off.
+    """
+
+    drawn: torch.Tensor
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    key_low: torch.Tensor
+    key_high: torch.Tensor
+    position: torch.Tensor
+    choice: torch.Tensor
+    any_drawn: bool
+    any_restricted: bool
+
+
+def sampling_rows(requests: Sequence[Request], vocab_size: int, device: torch.device) -> SamplingRows:
+    """Settings of the next token of each request, in order."""
+    drawn = [(row, r, r.sampling) for row, r in enumerate(requests) if r.sampling.temperature > 0]
+    top_k = [min(s.top_k, vocab_size) if s.top_k > 0 else vocab_size for _, _, s in drawn]
+
+    def words(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+    def reals(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+
+    return SamplingRows(
+        drawn=words([row for row, _, _ in drawn]),
+        temperature=reals([max(s.temperature, _MIN_TEMPERATURE) for _, _, s in drawn]),
+        top_k=words(top_k),
+        top_p=reals([s.top_p for _, _, s in drawn]),
+        key_low=words([s.seed & _WORD for _, _, s in drawn]),
+        key_high=words([s.seed >> 32 for _, _, s in drawn]),
+        position=words([len(r.token_ids) for _, r, _ in drawn]),
+        choice=words([s.choice for _, _, s in drawn]),
+        any_drawn=bool(drawn),
+        any_restricted=any(k < vocab_size or s.top_p < 1 for k, (_, _, s) in zip(top_k, drawn, strict=True)),
+    )
+
+
+def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """logits: float32 [num_rows, vocab_size]. Returns int64 [num_rows]; NOT_FINITE where the logits have no maximum.
+
+    Greedy rows take the largest logit, the lowest id where several are equal.
+    """
+    tokens = logits.argmax(dim=-1)
+    if rows.any_drawn:
+        tokens[rows.drawn] = _draw(logits[rows.drawn], rows)
+    return torch.where(logits.amax(dim=-1).isfinite(), tokens, NOT_FINITE)
+
+
+def _draw(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    # The largest logit becomes 0 first: a small temperature must not overflow.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / rows.temperature.unsqueeze(-1)
+    if rows.any_restricted:
+        scaled = _restrict(scaled, rows.top_k.unsqueeze(-1), rows.top_p.unsqueeze(-1))
+    return (scaled.double() + gumbel(rows, logits.shape[-1])).argmax(dim=-1)
+
+
+def gumbel(rows: SamplingRows, vocab_size: int) -> torch.Tensor:
+    """Noise for every token of every drawn row: float64 [num_drawn, vocab_size].
+
+    In float32 the largest u would round to 1 and its noise to infinity, once in 2^24 tokens; float64 holds every u.
+    """
+    token_ids = torch.arange(vocab_size, device=rows.drawn.device)
+    columns = (rows.position, rows.choice, torch.zeros_like(rows.choice))
+    position, choice, zero = (column.unsqueeze(-1) for column in columns)
+    key = (rows.key_low.unsqueeze(-1), rows.key_high.unsqueeze(-1))
+    word = philox4x32((token_ids, position, choice, zero), key)[0]
+    u = ((word >> 8).double() + 0.5) * 2.0**-24
+    return -torch.log(-torch.log(u))
+
+
+def _restrict(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Set what top-k and top-p exclude to minus infinity. The most likely token always stays."""
+    ranked, order = torch.sort(scaled, dim=-1, descending=True, stable=True)
+    rank = torch.arange(scaled.shape[-1], device=scaled.device)
+    ranked = ranked.masked_fill(rank >= top_k, -torch.inf)
+    probability = ranked.softmax(dim=-1)
+    before = probability.cumsum(dim=-1) - probability
+    ranked = ranked.masked_fill((before >= top_p) & (top_p < 1) & (rank > 0), -torch.inf)
+    return torch.empty_like(scaled).scatter_(-1, order, ranked)

@@ -1,0 +1,110 @@
+"""Chunked prefill: every decoding request gets its token in every step, prompts fill what is left of the token budget.
+
+So a long prompt delays the others' tokens by one bounded step, never by its whole length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from baton.engine.batch import PrefillSegment, ScheduledStep
+from baton.engine.block_pool import BlockPool, Use
+from baton.engine.request import Phase, Request
+
+
+class ChunkedScheduler:
+    """First come, first served. A waiting request starts only when its worst case fits beside everybody else's, so no
+    running request ever lacks a block and nobody overtakes the head of the queue.
+    """
+
+    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self._pool = pool
+        self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._waiting: dict[str, Request] = {}
+        self._running: dict[str, Request] = {}
+        self._seats: set[str] = set()
+        self._blocked_at: tuple[str, int] | None = None
+        self._is_blocked = False
+
+    @property
+    def waiting(self) -> Collection[Request]:
+        return self._waiting.values()
+
+    @property
+    def running(self) -> Collection[Request]:
+        return self._running.values()
+
+    @property
+    def is_blocked(self) -> bool:
+        return self._is_blocked
+
+    def has_seat(self) -> bool:
+        return len(self._running) + len(self._seats) < self._max_num_seqs
+
+    def reserve_seat(self, owner: str) -> None:
+        self._seats.add(owner)
+
+    def free_seat(self, owner: str) -> None:
+        self._seats.discard(owner)
+
+    def add(self, request: Request) -> None:
+        self._waiting[request.request_id] = request
+
+    def admit(self, request: Request) -> None:
+        request.phase = Phase.RUNNING
+        self._running[request.request_id] = request
+
+    def remove(self, request: Request) -> None:
+        self._waiting.pop(request.request_id, None)
+        self._running.pop(request.request_id, None)
+
+    def schedule(self) -> ScheduledStep:
+        decodes = tuple(r for r in self._running.values() if not r.is_prefilling)
+        for request in decodes:
+            self._pool.grow(request.request_id, self._pool.blocks_for(request.num_computed_tokens + 1))
+        budget = self._max_num_batched_tokens - len(decodes)
+        return ScheduledStep(decodes, self._schedule_prefills(budget))
+
+    def _schedule_prefills(self, budget: int) -> tuple[PrefillSegment, ...]:
+        segments: list[PrefillSegment] = []
+        self._is_blocked = False
+        started = [r for r in self._running.values() if r.is_prefilling]
+        for request in started:
+            if budget == 0:
+                return tuple(segments)
+            segments.append(self._next_chunk(request, budget))
+            budget -= segments[-1].num_tokens
+        while budget and self._waiting:
+            request = next(iter(self._waiting.values()))
+            if not self._start(request):
+                self._is_blocked = True
+                break
+            segments.append(self._next_chunk(request, budget))
+            budget -= segments[-1].num_tokens
+        return tuple(segments)
+
+    def _next_chunk(self, request: Request, budget: int) -> PrefillSegment:
+        start = request.num_computed_tokens
+        end = min(request.num_prompt_tokens, start + budget)
+        self._pool.grow(request.request_id, self._pool.blocks_for(end))
+        return PrefillSegment(request, start, end)
+
+    def _start(self, request: Request) -> bool:
+        """Move the head of the queue to running if a seat and its worst case in blocks are free."""
+        attempt = (request.request_id, self._pool.committed)
+        if not self.has_seat() or attempt == self._blocked_at:
+            return False
+        max_blocks = self._pool.blocks_for(request.max_total_tokens)
+        # The last token is always computed, because its logits are needed.
+        hit = self._pool.match_prefix(request.token_ids, request.num_prompt_tokens - 1)
+        if not self._pool.can_admit(max_blocks, hit):
+            self._blocked_at = attempt
+            return False
+        request.block_table = self._pool.open(request.request_id, max_blocks, hit, Use.RUNNING)
+        request.num_computed_tokens = request.num_cached_tokens = len(hit.blocks) * self._pool.block_size
+        if request.hand_over:
+            self._pool.grow(request.request_id, max_blocks)
+        del self._waiting[request.request_id]
+        self.admit(request)
+        return True
