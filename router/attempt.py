@@ -1,0 +1,178 @@
+"""One try at one request, on one worker (local) or on two (remote).
+
+    local:  Generate ──────────────────────────────▶ tokens … finish
+    remote: Open ▶ Reserved ▶ Prefill ▶ first token (prefill worker), the rest (decode worker)
+            Open ▶ Refused
+
+Made and awaited by the dispatcher; driven by frames that the sessions deliver. It ends exactly once; from then on it is
+unknown to the sessions, so whatever a worker still says of it is dropped there (I8).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from baton.common import events
+from protos import worker_pb2 as pb
+from router.record import RequestRecord
+from router.token_fence import TokenFence
+from router.worker_session import AttemptId, WorkerSession
+
+TokensOut = Callable[[tuple[int, ...], str | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request is complete."""
+
+    reason: str
+    code: ClassVar[str] = "finished"
+
+    def __str__(self) -> str:
+        return self.code
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A worker did not take it and kept nothing. code: see worker.proto."""
+
+    code: str
+    message: str
+    retry_after_s: float
+
+    def __str__(self) -> str:
+        return f"refused ({self.code}): {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It was accepted and ended early. code: "worker_lost", or see AttemptFailed in worker.proto."""
+
+    code: str
+    message: str
+    retryable: bool
+
+    def __str__(self) -> str:
+        return f"failed ({self.code}): {self.message}"
+
+
+Outcome = Finished | Refused | Failed
+
+
+class Attempt:
+    """`outcome` resolves once. `worker` generates; `prefill`, if any, computes the prompt for it first."""
+
+    def __init__(
+        self,
+        attempt_id: AttemptId,
+        spec: pb.RequestSpec,
+        worker: WorkerSession,
+        prefill: WorkerSession | None,
+        record: RequestRecord,
+        tokens_out: TokensOut,
+    ) -> None:
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._id = attempt_id
+        self._key = pb.AttemptKey(request_id=attempt_id[0], attempt=attempt_id[1])
+        self._spec = spec
+        self._worker = worker
+        self._prefill = prefill
+        self._record = record
+        self._tokens_out = tokens_out
+        self._fence = TokenFence(spec.num_emitted, spec.num_emitted + spec.max_tokens)
+        self._told: list[WorkerSession] = []  # workers that know this attempt and have not said that it ended there
+
+    def start(self) -> None:
+        """Send the first command."""
+        num_tokens = len(self._spec.token_ids)
+        if self._prefill is None:
+            self._worker.enlist(self._id, self, num_tokens)
+            self._tell(self._worker, pb.RouterFrame(generate=pb.GenerateCommand(key=self._key, spec=self._spec)))
+            return
+        self._worker.enlist(self._id, self, 0)
+        self._prefill.enlist(self._id, self, num_tokens)
+        command = pb.OpenCommand(key=self._key, spec=self._spec, prefill_worker_id=self._prefill.worker_id)
+        self._record.mark(events.OPENED)
+        self._tell(self._worker, pb.RouterFrame(open=command))
+
+    def end(self, outcome: Outcome) -> None:
+        """Leave every worker, telling those that still know the attempt. Repeating it is a no-op."""
+        if self.outcome.done():
+            return
+        for session in self._told:
+            session.send(pb.RouterFrame(cancel=pb.CancelCommand(key=self._key)))
+        self._told.clear()
+        self.outcome.set_result(outcome)
+        self._worker.forget(self._id)
+        if self._prefill is not None:
+            self._prefill.forget(self._id)
+
+    def _tell(self, session: WorkerSession, frame: pb.RouterFrame) -> None:
+        self._told.append(session)
+        session.send(frame)
+
+    def _over_at(self, worker_id: str) -> None:
+        """That worker ended the attempt by itself, so it needs no cancel."""
+        self._told = [session for session in self._told if session.worker_id != worker_id]
+
+    # ---- frames
+
+    def on_reserved(self, worker_id: str, reserved: pb.Reserved) -> None:
+        if self._prefill is None or self._prefill in self._told or worker_id != self._worker.worker_id:
+            return
+        self._record.mark(events.RESERVED)
+        command = pb.PrefillCommand(
+            key=self._key,
+            spec=self._spec,
+            decode_worker_id=worker_id,
+            lease=reserved.lease,
+            generation=reserved.generation,
+            num_cached_tokens=reserved.num_cached_tokens,
+        )
+        self._record.mark(events.PREFILL_SENT)
+        self._tell(self._prefill, pb.RouterFrame(prefill=command))
+
+    def on_refused(self, worker_id: str, refused: pb.Refused) -> None:
+        self._over_at(worker_id)
+        self.end(Refused(refused.code, refused.message, refused.retry_after_s))
+        if refused.code == "busy":
+            self._session(worker_id).refused_busy(refused.retry_after_s)
+
+    def on_tokens(self, worker_id: str, output: pb.TokenOutput) -> None:
+        if output.finish_reason:
+            self._over_at(worker_id)
+        tokens, finish_reason = self._fence.accept(output.position, output.token_ids, output.finish_reason)
+        if tokens:
+            self._leave_prefill(worker_id)
+        if tokens or finish_reason is not None:
+            self._tokens_out(tokens, finish_reason)
+        if finish_reason is not None:
+            self.end(Finished(finish_reason))
+
+    def on_failed(self, worker_id: str, failed: pb.AttemptFailed) -> None:
+        self._over_at(worker_id)
+        self.end(Failed(failed.code, failed.message, failed.retryable))
+
+    def on_worker_lost(self, worker_id: str) -> None:
+        """The loss of a prefill worker whose first token is out is left to decode, which knows what it has received."""
+        self._over_at(worker_id)
+        if self._first_token_is_out and worker_id != self._worker.worker_id:
+            return
+        self.end(Failed("worker_lost", f"worker {worker_id} was lost", retryable=True))
+
+    @property
+    def _first_token_is_out(self) -> bool:
+        return self._fence.next_position > self._spec.num_emitted
+
+    def _leave_prefill(self, worker_id: str) -> None:
+        """Keep the predicted queues right, and leave the prefill worker once decode has taken over."""
+        (self._prefill or self._worker).prefill_ended(self._id)
+        if self._prefill is not None and worker_id == self._worker.worker_id:
+            self._over_at(self._prefill.worker_id)
+            self._prefill.forget(self._id)
+
+    def _session(self, worker_id: str) -> WorkerSession:
+        return self._prefill if self._prefill is not None and worker_id == self._prefill.worker_id else self._worker

@@ -1,0 +1,70 @@
+"""Finding a place for an attempt: ask the policy, and while nothing can start, wait in line. Used by the dispatcher."""
+
+from __future__ import annotations
+
+import asyncio
+
+from baton.common.clock import Clock
+from baton.common.config import RouterConfig
+from baton.common.errors import Unavailable
+from router.admission import Admission, WaitingLine
+from router.policy import Decision, RequestFacts, Wait, decide
+from router.registry import Registry
+
+WORKER_WAIT_S = 30.0
+
+
+class Placement:
+    """Shared by all requests of a dispatcher."""
+
+    def __init__(self, config: RouterConfig, registry: Registry, admission: Admission, clock: Clock) -> None:
+        self._config = config
+        self._registry = registry
+        self._admission = admission
+        self._clock = clock
+        self._line = WaitingLine()
+        registry.subscribe(self._line.wake)
+
+    async def find(self, ticket: int, facts: RequestFacts, *, may_be_refused: bool) -> Decision:
+        """A decision that can start now. `ticket` orders requests by age.
+
+        Raises Overloaded when nobody more may wait (unless tokens are out already: then the request is not refused),
+        and Unavailable when no worker that could take it comes up within WORKER_WAIT_S.
+        """
+        choice = self._choose(ticket, facts)
+        if isinstance(choice, Decision):
+            return choice
+        if may_be_refused:
+            self._admission.check_queue()
+        self._admission.parked += 1
+        self._line.join(ticket)
+        try:
+            return await self._wait(ticket, facts, choice)
+        finally:
+            self._admission.parked -= 1
+            self._line.leave(ticket)
+
+    async def _wait(self, ticket: int, facts: RequestFacts, choice: Decision | Wait) -> Decision:
+        no_worker_since = None
+        while isinstance(choice, Wait):
+            now = self._clock.now()
+            no_worker_since = (no_worker_since or now) if choice.no_worker else None
+            patience_s = None if no_worker_since is None else self._patience_s(no_worker_since, now)
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._line.wait(ticket)
+            except TimeoutError:
+                raise Unavailable(f"{choice.reason}, nor came up within {WORKER_WAIT_S:g} s") from None
+            choice = self._choose(ticket, facts)
+        return choice
+
+    def _patience_s(self, since: float, now: float) -> float:
+        return max(since + WORKER_WAIT_S - now, 0.0) if self._registry.members else 0.0
+
+    def _choose(self, ticket: int, facts: RequestFacts) -> Decision | Wait:
+        """The policy's choice; a hand-over does not overtake an older request that waits for room."""
+        config = self._config
+        choice = decide(config.policy, facts, self._registry.snapshot(), config.prefill_queue_s)
+        if isinstance(choice, Decision) and choice.path == "remote" and self._line.is_blocked(ticket):
+            return Wait("older requests are waiting")
+        return choice

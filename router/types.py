@@ -1,0 +1,38 @@
+"""What passes between the front ends (HTTP, gRPC) and the dispatcher: token ids in, token ids out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from baton.common.errors import BatonError
+from baton.common.sampling import SamplingParams
+
+Path = Literal["local", "remote"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt, validated, with its seed drawn. `timeout_s` counts from submission."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New tokens in order; the last event of a request, and only it, has a `finish_reason`."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+
+
+class RequestCancelled(BatonError):
+    """The request was cancelled by its owner. gRPC CANCELLED; over HTTP nobody is left to read it."""
+
+
+class ReaderTooSlow(BatonError):
+    """The client let too many tokens pile up; its request was ended."""
