@@ -5,7 +5,7 @@ Order of a batch: the decode rows first (one token each), then the prefill segme
 of the first `num_decodes` owns token row `i`, and `num_tokens == num_decodes + num_prefill_tokens`.
 
 Padding is a decode row with context length 0 and slot -1: nothing is stored for it and its output is zero. Its position
-must still be a valid row of the rotary table, and no entry of its block table is read.
+must still be a valid row of the rotary table; its block table may hold anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class AttentionMetadata:
 
     cu_seqlens_q: int32 [num_seqs + 1], first token row of each sequence (decode rows count one each)
     context_lens: int32 [num_seqs], KV length of a sequence including the new tokens of this step
-    block_tables: int32 [num_seqs, max_blocks], physical blocks; entries beyond the context are never read
+    block_tables: int32 [num_seqs, max_blocks], physical blocks, max_blocks >= 1; entries beyond the context are never used
     slot_mapping: int64 [num_tokens], block * block_size + offset of a token; -1: not stored
     max_seqlen_q: longest prefill segment (1 when there is none); an upper bound is enough
     """

@@ -1,4 +1,4 @@
-"""One step of online-softmax attention over a tile of a paged KV cache: shared by the prefill and the decode kernel."""
+"""Online-softmax attention over a range of a paged KV cache: the part that the prefill and the decode kernel share."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
@@ -9,18 +9,31 @@ import triton.language as tl
 
 
 @triton.jit
+def _block_ids(table_ptr, start, last_entry, n, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Physical blocks of the tile at `start`: a scalar when the tile lies in one block, else one per position.
+
+    Entries past `last_entry` are never read. All rows of a block read the same entry, which costs one cached line and no
+    exchange between threads.
+    """
+    if BLOCK_N <= BLOCK_SIZE:
+        return tl.load(table_ptr + tl.minimum(start // BLOCK_SIZE, last_entry))
+    else:
+        return tl.load(table_ptr + tl.minimum((start + n) // BLOCK_SIZE, last_entry))
+
+
+@triton.jit
 def _attend_tile(
-    q,  # [rows, HEAD_DIM_PAD]
-    acc,  # [rows, HEAD_DIM_PAD] float32
-    row_sum,  # [rows] float32
-    row_max,  # [rows] float32, in the exponent's base 2
-    last_visible,  # [rows] last position that a row may see; used when MASKED
+    q,  # [ROWS, HEAD_DIM_PAD]
+    acc,  # [ROWS, HEAD_DIM_PAD] float32
+    row_sum,  # [ROWS] float32
+    row_max,  # [ROWS] float32, in the exponent's base 2
+    last_visible,  # [ROWS] last position that a row may see; used when MASKED
     k_ptr,  # first element of this KV head in block 0
     v_offset,  # elements from K to V
-    table_ptr,  # block table of this sequence
+    blocks,  # of _block_ids
     start,  # first position of the tile, a multiple of BLOCK_N
     end,  # positions from here on are not read; used when MASKED
-    scale_log2,  # softmax scale times log2(e), so that exp2 does for exp
+    scale_log2,
     stride_block,
     stride_slot,
     HEAD_DIM: tl.constexpr,
@@ -33,31 +46,20 @@ def _attend_tile(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, HEAD_DIM_PAD)
     position = start + n
-    if BLOCK_N <= BLOCK_SIZE:
-        # The tile lies in one block: one scalar load.
-        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-        row = block * stride_block + (start % BLOCK_SIZE + n).to(tl.int64) * stride_slot
-    else:
-        # All rows of a block read the same entry, so this costs one cached line, and no exchange between threads.
-        if MASKED:
-            block = tl.load(table_ptr + position // BLOCK_SIZE, mask=position < end, other=0)
-        else:
-            block = tl.load(table_ptr + position // BLOCK_SIZE)
-        row = block.to(tl.int64) * stride_block + (n % BLOCK_SIZE) * stride_slot
-    pointers = k_ptr + row[:, None] + d[None, :]
+    slot = start % BLOCK_SIZE + n if BLOCK_N <= BLOCK_SIZE else n % BLOCK_SIZE
+    pointers = k_ptr + (blocks.to(tl.int64) * stride_block + slot * stride_slot)[:, None] + d[None, :]
 
     # Slots past the end of the context may hold anything, NaN included, and 0 * NaN is NaN: they must not be loaded.
-    if MASKED:
-        if HEAD_DIM == HEAD_DIM_PAD:
-            mask = (position < end)[:, None]
-        else:
-            mask = (position < end)[:, None] & (d < HEAD_DIM)[None, :]
+    if MASKED and HEAD_DIM != HEAD_DIM_PAD:
+        mask = (position < end)[:, None] & (d < HEAD_DIM)[None, :]
+    elif MASKED:
+        mask = (position < end)[:, None]
+    elif HEAD_DIM != HEAD_DIM_PAD:
+        mask = (d < HEAD_DIM)[None, :]
+    if MASKED or HEAD_DIM != HEAD_DIM_PAD:
         k = tl.load(pointers, mask=mask, other=0.0)
     else:
-        if HEAD_DIM == HEAD_DIM_PAD:
-            k = tl.load(pointers)
-        else:
-            k = tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        k = tl.load(pointers)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(position[None, :] <= last_visible[:, None], scores, float("-inf"))
@@ -67,13 +69,10 @@ def _attend_tile(
     alpha = tl.math.exp2(row_max - new_max)
     row_sum = row_sum * alpha + tl.sum(p, 1)
 
-    if MASKED:
+    if MASKED or HEAD_DIM != HEAD_DIM_PAD:
         v = tl.load(pointers + v_offset, mask=mask, other=0.0)
     else:
-        if HEAD_DIM == HEAD_DIM_PAD:
-            v = tl.load(pointers + v_offset)
-        else:
-            v = tl.load(pointers + v_offset, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        v = tl.load(pointers + v_offset)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, row_sum, new_max
 
@@ -81,14 +80,14 @@ def _attend_tile(
 @triton.jit
 def attend_range(
     q,  # [ROWS, HEAD_DIM_PAD]
-    last_visible,  # [ROWS]
-    k_ptr,
-    v_offset,
-    table_ptr,
+    last_visible,  # [ROWS] last position that a row may see
+    k_ptr,  # first element of this KV head in block 0
+    v_offset,  # elements from K to V
+    table_ptr,  # block table of this sequence, at least one entry
     begin,  # a multiple of BLOCK_N
     full_end,  # a multiple of BLOCK_N: positions in [begin, full_end) are visible to every row
-    end,
-    scale_log2,
+    end,  # positions from here on are not read
+    scale_log2,  # softmax scale times log2(e), so that exp2 does for exp
     stride_block,
     stride_slot,
     ROWS: tl.constexpr,
@@ -102,6 +101,8 @@ def attend_range(
 
     Every row must see `begin`, or its maximum stays infinite and its output becomes NaN.
     """
+    n = tl.arange(0, BLOCK_N)
+    last_entry = tl.maximum(end - 1, 0) // BLOCK_SIZE
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM_PAD], tl.float32)
@@ -109,6 +110,9 @@ def attend_range(
     for masked in tl.static_range(2):
         first = full_end if masked else begin
         last = end if masked else full_end
+        # The ids of a tile are loaded one tile ahead and carried: loaded where they are used, they would become a stage
+        # of their own in the software pipeline and halve the number of K and V tiles in flight.
+        blocks = _block_ids(table_ptr, first, last_entry, n, BLOCK_SIZE, BLOCK_N)
         for start in range(first, last, BLOCK_N):
             acc, row_sum, row_max = _attend_tile(
                 q,
@@ -118,7 +122,7 @@ def attend_range(
                 last_visible,
                 k_ptr,
                 v_offset,
-                table_ptr,
+                blocks,
                 start,
                 end,
                 scale_log2,
@@ -131,6 +135,7 @@ def attend_range(
                 masked,
                 PRECISION,
             )
+            blocks = _block_ids(table_ptr, start + BLOCK_N, last_entry, n, BLOCK_SIZE, BLOCK_N)
     return acc, row_sum, row_max
 
 
