@@ -15,13 +15,13 @@ from typing import Protocol
 
 from baton.common import events
 from baton.common.clock import Clock
-from baton.engine.ports import LifecycleEvent, TokenOutput
+from baton.engine.ports import LifecycleEvent, PrefillDone, TokenOutput
 from baton.worker.session import RouterSession, engine_id
 from baton.worker.spec import Spec
 from kv_transfer.events import AttemptKey
 from protos import worker_pb2 as pb
 
-RETRYABLE = {"peer_lost": True, "corrupt": True, "expired": True, "aborted": True, "internal": True, "deadline": False}
+NOT_RETRYABLE = frozenset({"deadline"})
 
 
 class AttemptOwner(Protocol):
@@ -112,6 +112,15 @@ class Attempts:
         for session, of_session in by_session.items():
             session.send(pb.WorkerFrame(step=pb.StepOutput(outputs=of_session)))
 
+    def first_tokens(self, done: Iterable[PrefillDone]) -> list[TokenOutput]:
+        """The tokens that prefills for other workers have drawn, as the engine would report those of its own."""
+        live = [(self._live.get(prefill.request_id), prefill) for prefill in done]
+        return [
+            TokenOutput(prefill.request_id, attempt.spec.num_emitted, (prefill.first_token,), prefill.finish_reason)
+            for attempt, prefill in live
+            if attempt is not None
+        ]
+
     def refuse(self, attempt: Attempt, code: str, message: str, retry_after_s: float = 0.0) -> None:
         """End an attempt for which nothing was kept."""
         if self._remove(attempt):
@@ -122,7 +131,7 @@ class Attempts:
         if self._remove(attempt):
             self.note(attempt, events.FAILED)
             self.flush(attempt)
-            failed = pb.AttemptFailed(key=attempt.name, code=code, message=message, retryable=RETRYABLE[code])
+            failed = pb.AttemptFailed(key=attempt.name, code=code, message=message, retryable=code not in NOT_RETRYABLE)
             attempt.session.send(pb.WorkerFrame(failed=failed))
 
     def end(self, attempt: Attempt) -> None:

@@ -29,5 +29,9 @@ class GenerateHalf(BaseHalf):
 
     def on_failure(self, failure: RequestFailed) -> None:
         attempt = self._attempts.get(failure.request_id)
-        if attempt is not None and attempt.owner is self:
+        if attempt is None or attempt.owner is not self:
+            return
+        if failure.code == "invalid":
+            self._attempts.refuse(attempt, "invalid", failure.reason)
+        else:
             self._attempts.fail(attempt, "internal", f"{failure.code}: {failure.reason}")

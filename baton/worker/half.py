@@ -19,6 +19,7 @@ from baton.common.config import BatonConfig
 from baton.engine.kv_layout import KVLayout
 from baton.engine.ports import Command, PrefillDone, RequestFailed, SegmentWritten
 from baton.worker.attempts import Attempt, AttemptOwner, Attempts
+from baton.worker.faults import Faults
 from baton.worker.session import RouterSession
 from protos import worker_pb2 as pb
 
@@ -39,7 +40,10 @@ class EnginePort(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """Given to each half when the engine is up. `host` is the advertised address, the only one to listen on."""
+    """Given to each half when the engine is up. `host` is the advertised address, the only one to listen on.
+
+    `local` takes over attempts whose hand-over is complete.
+    """
 
     worker_id: str
     host: str
@@ -49,6 +53,7 @@ class WorkerContext:
     engine: EnginePort
     attempts: Attempts
     local: AttemptOwner
+    faults: Faults
     clock: Clock
     loop: asyncio.AbstractEventLoop
 
@@ -69,7 +74,9 @@ class Half(AttemptOwner, Protocol):
 
     def on_segment(self, segment: SegmentWritten) -> None: ...
 
-    def on_prefill_done(self, done: PrefillDone) -> None: ...
+    def on_prefill_done(self, done: PrefillDone) -> None:
+        """A hand-over's prefill has ended; its first token is on its way to the router already."""
+        ...
 
     def on_failure(self, failure: RequestFailed) -> None:
         """The engine ended a request. Every half hears of every failure and ignores those of others."""

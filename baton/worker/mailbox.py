@@ -1,6 +1,7 @@
 """From any thread to the asyncio thread, in order and in batches.
 
-The engine thread posts every result of a step here; the loop is woken once for all that waits, not once per item.
+The engine thread and the transfer threads post their results here; the loop is woken once for all that waits, not once
+per item.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from baton.worker.faults import Faults
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -18,16 +21,16 @@ T = TypeVar("T")
 class Mailbox(Generic[T]):
     """`handle` is called on the loop's thread with each item, in the order of `post`. After `close` items are dropped.
 
-    A fault of `handle` is a defect of ours: it is logged and counted (health turns bad), the other items still arrive.
+    An item that cannot be handled is a fault of ours; the others still arrive.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, handle: Callable[[T], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, handle: Callable[[T], None], faults: Faults) -> None:
         self._loop = loop
         self._handle = handle
+        self._faults = faults
         self._lock = threading.Lock()
         self._items: list[T] = []
         self._closed = False
-        self.num_faults = 0
 
     def post(self, item: T) -> None:
         """Never waits for the loop. From any thread."""
@@ -51,5 +54,5 @@ class Mailbox(Generic[T]):
             try:
                 self._handle(item)
             except Exception:
-                self.num_faults += 1
-                logger.exception("a result of %s could not be handled", type(item).__name__)
+                self._faults.add()
+                logger.exception("%s could not be handled", type(item).__name__)

@@ -24,13 +24,15 @@ from baton.worker.attach_service import AttachService
 from baton.worker.attempts import Attempts
 from baton.worker.commands import CommandDispatcher
 from baton.worker.engine_ports import EnginePorts, EngineResult
+from baton.worker.faults import Faults
 from baton.worker.generate import GenerateHalf
 from baton.worker.half import EnginePort, Half, HalfFactory, WorkerContext
 from baton.worker.mailbox import Mailbox
-from baton.worker.spec import Limits, layout_to_proto
+from baton.worker.spec import Limits
 from baton.worker.status import health, heartbeat
 from baton.worker.step_timing import StepTimeModel
 from baton.worker.streams import SERVER_OPTIONS
+from kv_transfer.wire import layout_proto
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import add_WorkerServicer_to_server
 
@@ -93,6 +95,8 @@ class WorkerShell:
         self._factories = halves
         self._clock = clock or MonotonicClock()
         self._timing = StepTimeModel()
+        self._faults = Faults()
+        self._prefills_done: list[PrefillDone] = []
         self._device = resolve_device(config.cluster.device)
         self._closed = asyncio.Event()
         self._stopping = False
@@ -100,7 +104,7 @@ class WorkerShell:
     async def start(self) -> None:
         """Load the model, start the engine, listen on a free port of `host`. Afterwards `address` is set."""
         loop = asyncio.get_running_loop()
-        self._mailbox = Mailbox[EngineResult](loop, self._on_result)
+        self._mailbox = Mailbox[EngineResult](loop, self._on_result, self._faults)
         self._engine = await asyncio.to_thread(self._build_engine)
         self._attempts = Attempts(self._clock, loop)
         self._halves = self._make_halves(loop)
@@ -143,7 +147,7 @@ class WorkerShell:
     def health(self) -> dict[str, object]:
         """Progress-based: `healthy` is false when the engine has work and does not step."""
         stats = self._engine.stats()
-        healthy, reason = health(stats, self._mailbox.num_faults)
+        healthy, reason = health(stats, self._faults.count)
         return {
             "healthy": healthy,
             "reason": reason,
@@ -174,6 +178,7 @@ class WorkerShell:
             engine=self._engine,
             attempts=self._attempts,
             local=local,
+            faults=self._faults,
             clock=self._clock,
             loop=loop,
         )
@@ -204,7 +209,7 @@ class WorkerShell:
         return pb.WorkerHello(
             worker_id=self.worker_id,
             role=self._role,
-            layout=layout_to_proto(self._engine.layout),
+            layout=layout_proto(self._engine.layout),
             max_model_len=self._engine.max_model_len,
             max_num_seqs=self._config.engine.max_num_seqs,
             num_blocks=self._engine.stats().blocks.total,
@@ -223,15 +228,18 @@ class WorkerShell:
                 for half in self._halves:
                     half.on_segment(result)
             case PrefillDone():
-                for half in self._halves:
-                    half.on_prefill_done(result)
+                self._prefills_done.append(result)
             case StepReport():
                 self._on_step(result)
 
     def _on_step(self, report: StepReport) -> None:
+        """First tokens of hand-overs leave here, in the frame of the step that made them, before anything ends."""
+        done, self._prefills_done = self._prefills_done, []
         self._timing.add(report.num_prefill_tokens, report.num_decode_seqs, report.seconds)
         self._attempts.note_all(report.events)
-        self._attempts.emit(report.outputs)
-        for failure in report.failures:
-            for half in self._halves:
+        self._attempts.emit([*self._attempts.first_tokens(done), *report.outputs])
+        for half in self._halves:
+            for prefill in done:
+                half.on_prefill_done(prefill)
+            for failure in report.failures:
                 half.on_failure(failure)

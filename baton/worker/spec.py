@@ -1,6 +1,6 @@
-"""The router's request spec and the engine's KV layout, checked and turned into the engine's own types, and back.
+"""The router's request spec, checked and turned into the engine's own types.
 
-Pure; called on the asyncio thread when a command arrives and when a worker introduces itself.
+Pure; called on the asyncio thread when a command arrives.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from baton.common.errors import InvalidRequest
 from baton.common.sampling import SamplingParams
-from baton.engine.kv_layout import KVLayout
 from baton.engine.request import Request
 from protos import worker_pb2 as pb
 
@@ -92,26 +91,3 @@ def _read_deadline(spec: pb.RequestSpec) -> float | None:
     if not (math.isfinite(spec.deadline_s) and spec.deadline_s >= 0.0):
         raise InvalidRequest(f"deadline_s must be a number of seconds from 0, got {spec.deadline_s}", "deadline_s")
     return spec.deadline_s or None
-
-
-def layout_to_proto(layout: KVLayout) -> pb.KVLayout:
-    return pb.KVLayout(
-        model_hash=layout.model_hash,
-        dtype=layout.dtype,
-        block_size=layout.block_size,
-        num_layers=layout.num_layers,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-    )
-
-
-def layout_from_proto(layout: pb.KVLayout) -> KVLayout:
-    """Any values are taken as they are: `KVLayout.differences` names what does not fit."""
-    return KVLayout(
-        model_hash=layout.model_hash,
-        dtype=layout.dtype,
-        block_size=layout.block_size,
-        num_layers=layout.num_layers,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-    )

@@ -35,7 +35,7 @@ def heartbeat(sequence: int, stats: EngineStats, timing: StepTime, halves: Itera
 def health(stats: EngineStats, num_faults: int) -> tuple[bool, str]:
     """(healthy, reason). Healthy means idle, or a step ended lately; a defect of the worker itself is never healthy."""
     if num_faults:
-        return False, f"{num_faults} results of the engine could not be handled; see the log"
+        return False, f"{num_faults} defects were caught; see the log"
     if not conserved(stats.blocks):
         return False, f"blocks are lost or counted twice: {stats.blocks}"
     if stats.progress_age > STALLED_AFTER_S:

@@ -19,6 +19,14 @@ STREAM_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 )
 SERVER_OPTIONS = (*STREAM_OPTIONS, ("grpc.so_reuseport", 0))
+# Who dials decides when to try again, so gRPC shall not wait on its own, nor share what it learnt of an address.
+CLIENT_OPTIONS = (
+    *STREAM_OPTIONS,
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
 
 
 class Outbox(Generic[T]):
@@ -46,7 +54,7 @@ class Outbox(Generic[T]):
             self._end_reason = reason
         self._wake.set()
 
-    async def write_to(self, write: Callable[[T], Awaitable[None]]) -> str:
+    async def write_to(self, write: Callable[[T], Awaitable[object]]) -> str:
         """The stream's writer loop; returns the reason given to `end`."""
         while True:
             while self._frames:

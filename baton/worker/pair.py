@@ -1,0 +1,180 @@
+"""The epochs of a half's KV connections: one `Pair` per epoch, from PeerConnected to EpochDestroyed.
+
+Both halves use it alike: a pair is a control stream (frames F out), a link that moves KV (L), and the promise that
+EpochDestroyed is reported only when nothing of the link can touch memory any more. Asyncio thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
+
+import grpc
+import grpc.aio
+import torch
+
+from baton.engine.kv_layout import KVLayout
+from baton.worker.faults import Faults
+from baton.worker.streams import Outbox, SilenceWatch, repeat, run_until_first
+from baton.worker.tasks import Tasks
+from baton.worker.threads import run_in_thread
+from kv_transfer.events import EpochDestroyed, PeerConnected, PeerLost
+from kv_transfer.staging import StagingPool
+from kv_transfer.transport import TransferError
+from kv_transfer.wire import WireError
+
+logger = logging.getLogger(__name__)
+CLOSE_RETRY_S = 1.0
+
+
+class Closable(Protocol):
+    def close(self) -> None:
+        """May block for seconds; raises TransferError when memory could still be touched."""
+        ...
+
+
+F = TypeVar("F")
+L = TypeVar("L", bound=Closable)
+R = TypeVar("R")
+PairEvent = PeerConnected | PeerLost | EpochDestroyed
+
+
+class Pair(Generic[F, L]):
+    """One epoch with one peer. `slot_bytes` bounds a chunk."""
+
+    def __init__(self, peer: str, epoch: str, link: L, window: int, slot_bytes: int) -> None:
+        self.peer = peer
+        self.epoch = epoch
+        self.link = link
+        self.window = window
+        self.slot_bytes = slot_bytes
+        self.outbox: Outbox[F] = Outbox()
+        self.destroyed = asyncio.Event()
+
+    async def run(
+        self,
+        frames: AsyncIterator[R],
+        on_frame: Callable[[R], None],
+        write: Callable[[F], Awaitable[object]],
+        heartbeat: Callable[[int], F],
+        interval_s: float,
+        timeout_s: float,
+    ) -> str:
+        """Drive the control stream until it breaks, falls silent, carries nonsense or is told to end; the reason."""
+        watch = SilenceWatch(timeout_s)
+        sequence = itertools.count()
+
+        async def read() -> str:
+            async for frame in frames:
+                watch.heard()
+                on_frame(frame)
+            return "the peer closed the stream"
+
+        loops = {
+            "read": read(),
+            "write": self.outbox.write_to(write),
+            "beat": repeat(interval_s, lambda: self.outbox.put(heartbeat(next(sequence)))),
+            "watch": watch.run(),
+        }
+        try:
+            return await run_until_first(f"pair:{self.epoch}", loops)
+        except WireError as error:
+            return f"the peer sent an invalid frame: {error}"
+        except grpc.RpcError as error:
+            return f"the stream broke: {describe(error)}"
+
+
+class Pairs(Generic[F, L]):
+    """The live and dying epochs of one half, and the staging of each peer, which outlives an epoch."""
+
+    def __init__(
+        self, feed: Callable[[PairEvent], None], layout: KVLayout, device: torch.device, tasks: Tasks, faults: Faults
+    ) -> None:
+        self._feed = feed
+        self._layout = layout
+        self._device = device
+        self._tasks = tasks
+        self._faults = faults
+        self._pairs: dict[str, Pair[F, L]] = {}
+        self._staging: dict[str, StagingPool] = {}
+
+    def staging(self, peer: str, window: int, slot_bytes: int) -> StagingPool:
+        """The peer's slots. Raises ConfigError when a slot is too small for this layout."""
+        pool = self._staging.get(peer)
+        if pool is None or (pool.num_slots, pool.slot_bytes) != (window, slot_bytes):
+            pool = self._staging[peer] = StagingPool(self._layout, window, slot_bytes, self._device)
+        return pool
+
+    def of_peer(self, peer: str) -> list[Pair[F, L]]:
+        return [pair for pair in self._pairs.values() if pair.peer == peer]
+
+    def get(self, epoch: str) -> Pair[F, L]:
+        """Raises KeyError for an epoch that is destroyed."""
+        return self._pairs[epoch]
+
+    def send(self, epoch: str, frame: F) -> None:
+        """Queue a frame; dropped when the epoch is gone."""
+        if epoch in self._pairs:
+            self._pairs[epoch].outbox.put(frame)
+
+    async def serve(self, pair: Pair[F, L], stream: Callable[[], Awaitable[str]]) -> str:
+        """Announce the epoch, await its stream's end, and return that end's reason when the epoch is destroyed.
+
+        Also when cancelled: the epoch is then torn down in the background.
+        """
+        self._pairs[pair.epoch] = pair
+        self._feed(PeerConnected(pair.peer, pair.epoch, pair.window))
+        logger.info("connected with %s, epoch %s", pair.peer, pair.epoch)
+        reason = "the stream broke"
+        try:
+            reason = await stream()
+        finally:
+            logger.info("lost %s, epoch %s: %s", pair.peer, pair.epoch, reason)
+            self._feed(PeerLost(pair.peer, pair.epoch, reason))
+        await pair.destroyed.wait()
+        return reason
+
+    async def lose(self, pair: Pair[F, L], reason: str) -> None:
+        """Tear an epoch down and wait until it is destroyed."""
+        self._feed(PeerLost(pair.peer, pair.epoch, reason))
+        await pair.destroyed.wait()
+
+    def destroy(self, epoch: str, reason: str) -> None:
+        """Execute DestroyEpoch: end the stream, then the link, then say so."""
+        pair = self._pairs[epoch]
+        pair.outbox.end(reason)
+        self._tasks.spawn(self._destroy(pair), f"destroy:{epoch}")
+
+    async def stop(self, reason: str, timeout_s: float) -> None:
+        """Lose every epoch and wait until all are destroyed, at most `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*(self.lose(pair, reason) for pair in list(self._pairs.values())))
+        except TimeoutError:
+            logger.error("epochs not destroyed after %g s: %s", timeout_s, sorted(self._pairs))
+
+    async def _destroy(self, pair: Pair[F, L]) -> None:
+        while True:
+            try:
+                await run_in_thread(pair.link.close, f"close {pair.epoch}")
+                break
+            except TransferError:
+                # Its slots and blocks stay quarantined until it works: memory that may be touched is never reused.
+                self._faults.add()
+                logger.exception("epoch %s could not be destroyed", pair.epoch)
+                await asyncio.sleep(CLOSE_RETRY_S)
+        del self._pairs[pair.epoch]
+        if not self.of_peer(pair.peer):
+            self._staging.pop(pair.peer, None)
+        self._feed(EpochDestroyed(pair.peer, pair.epoch))
+        pair.destroyed.set()
+
+
+def describe(error: grpc.RpcError) -> str:
+    """A gRPC failure in one line."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or type(error).__name__
