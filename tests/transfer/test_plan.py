@@ -1,0 +1,135 @@
+"""Layer groups, segments and tensor-parallel resharding."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_transfer.plan import Sharding, layer_groups, reshard, split_segments
+
+
+@given(st.integers(1, 80), st.integers(1, 20))
+def test_layer_groups_cover_all_layers_in_order(num_layers: int, num_groups: int) -> None:
+    groups = layer_groups(num_layers, num_groups)
+    assert groups[0][0] == 0
+    assert groups[-1][1] == num_layers
+    assert all(left[1] == right[0] for left, right in pairwise(groups))
+    assert all(start < end for start, end in groups)
+    assert len(groups) == min(num_groups, num_layers)
+    if num_groups > 1:
+        assert groups[-1] == (num_layers - 1, num_layers)
+
+
+def test_groups_before_the_last_are_even() -> None:
+    assert layer_groups(32, 4) == [(0, 11), (11, 21), (21, 31), (31, 32)]
+
+
+@pytest.mark.parametrize(("num_layers", "num_groups"), [(0, 1), (4, 0)])
+def test_no_groups_of_nothing(num_layers: int, num_groups: int) -> None:
+    with pytest.raises(ValueError, match="cannot be cut"):
+        layer_groups(num_layers, num_groups)
+
+
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 300), st.integers(1, 300), st.integers(1, 400))
+def test_segments_cover_each_cell_once_and_fit(
+    layer_start: int, num_layers: int, block_start: int, num_blocks: int, capacity: int
+) -> None:
+    block_bytes = 96
+    segments = split_segments(
+        layer_start,
+        layer_start + num_layers,
+        block_start,
+        block_start + num_blocks,
+        block_bytes,
+        capacity * block_bytes + 95,
+    )
+    cells = [
+        (layer, block)
+        for segment in segments
+        for layer in range(segment.layer_start, segment.layer_end)
+        for block in range(segment.block_start, segment.block_end)
+    ]
+    assert len(cells) == len(set(cells)) == num_layers * num_blocks
+    assert set(cells) == {
+        (layer, block)
+        for layer in range(layer_start, layer_start + num_layers)
+        for block in range(block_start, block_start + num_blocks)
+    }
+    assert max(segment.num_layers * segment.num_blocks for segment in segments) <= capacity
+
+
+def test_layers_of_a_group_travel_together_when_a_block_of_them_fits() -> None:
+    segments = split_segments(4, 8, 0, 10, block_bytes_per_layer=100, slot_bytes=1600)
+    assert [(s.layer_start, s.layer_end, s.num_blocks) for s in segments] == [(4, 8, 4), (4, 8, 3), (4, 8, 3)]
+
+
+def test_a_slot_smaller_than_a_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="smaller than one block"):
+        split_segments(0, 1, 0, 1, block_bytes_per_layer=100, slot_bytes=99)
+
+
+@pytest.mark.parametrize("bounds", [(1, 1, 0, 1), (0, 1, 2, 2)])
+def test_an_empty_rectangle_is_refused(bounds: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match="no KV"):
+        split_segments(*bounds, block_bytes_per_layer=1, slot_bytes=1)
+
+
+@st.composite
+def shardings(draw: st.DrawFn) -> tuple[Sharding, Sharding, int, int]:
+    num_kv_heads = draw(st.sampled_from([1, 2, 4, 8, 6]))
+    num_layers = draw(st.integers(1, 12))
+    sizes = [size for size in range(1, 17) if num_kv_heads % size == 0 or size % num_kv_heads == 0]
+    source, target = (
+        Sharding(draw(st.sampled_from(sizes)), draw(st.integers(1, min(num_layers, 4)))) for _ in range(2)
+    )
+    return source, target, num_layers, num_kv_heads
+
+
+@given(shardings())
+def test_each_target_gets_each_of_its_cells_once_from_a_rank_that_holds_it(
+    case: tuple[Sharding, Sharding, int, int],
+) -> None:
+    source, target, num_layers, num_kv_heads = case
+    received: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(target.num_ranks)}
+    for transfer in reshard(source, target, num_layers, num_kv_heads):
+        held = source.shard(transfer.source, num_layers, num_kv_heads)
+        for layer in range(transfer.shard.layer_start, transfer.shard.layer_end):
+            for head in range(transfer.shard.head_start, transfer.shard.head_end):
+                assert held.layer_start <= layer < held.layer_end
+                assert held.head_start <= head < held.head_end
+                received[transfer.target].append((layer, head))
+    for rank, cells in received.items():
+        shard = target.shard(rank, num_layers, num_kv_heads)
+        wanted = {
+            (layer, head)
+            for layer in range(shard.layer_start, shard.layer_end)
+            for head in range(shard.head_start, shard.head_end)
+        }
+        assert wanted
+        assert sorted(cells) == sorted(wanted)
+
+
+@given(shardings())
+def test_every_cell_is_held_by_some_rank(case: tuple[Sharding, Sharding, int, int]) -> None:
+    sharding, _, num_layers, num_kv_heads = case
+    held = {
+        (layer, head)
+        for shard in (sharding.shard(rank, num_layers, num_kv_heads) for rank in range(sharding.num_ranks))
+        for layer in range(shard.layer_start, shard.layer_end)
+        for head in range(shard.head_start, shard.head_end)
+    }
+    assert held == {(layer, head) for layer in range(num_layers) for head in range(num_kv_heads)}
+
+
+def test_replicas_take_turns() -> None:
+    transfers = reshard(Sharding(8), Sharding(4), num_layers=2, num_kv_heads=2)
+    assert [(t.source, t.target) for t in transfers] == [(0, 0), (1, 1), (4, 2), (5, 3)]
+
+
+@pytest.mark.parametrize("sharding", [Sharding(3), Sharding(1, 5), Sharding(0)])
+def test_a_model_that_cannot_be_shared_like_this_is_refused(sharding: Sharding) -> None:
+    with pytest.raises(ValueError, match="cannot be shared"):
+        sharding.shard(0, num_layers=4, num_kv_heads=4)
