@@ -89,6 +89,10 @@ class Engine:
         age = 0.0 if self._idle else self._clock.now() - self._progress_at
         return replace(self._stats, progress_age=age)
 
+    def poison_fresh_blocks(self) -> None:
+        """Fill every block with NaN when it is allocated, so that reading what nobody wrote shows. Before `start`."""
+        self._pool.on_allocate = self._runner.fill_with_nan
+
     # ---- the engine thread
 
     def turn(self) -> bool:
