@@ -1,0 +1,134 @@
+"""Serves `Transfer.Connect`: one stream per prefill worker, one epoch of the pair's KV connection per stream.
+
+Asyncio thread. Owns the store in which the two ends meet, on the advertised address only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from baton.worker.half import WorkerContext
+from baton.worker.join import join_pair
+from baton.worker.pair import Pair, Pairs
+from kv_transfer.connection import DECODE_RANK, TransferError
+from kv_transfer.events import FromPrefill
+from kv_transfer.messages import Abort, Chunk, Commit, Finish
+from kv_transfer.packing import make_packer
+from kv_transfer.receiver import RecvEvent, RecvLink
+from kv_transfer.rendezvous import StoreServer
+from kv_transfer.wire import Heartbeat, Hello, Refused, Welcome, WireError, decode_frame, parse_prefill_frame
+from protos import transfer_pb2
+from protos.transfer_pb2_grpc import TransferServicer
+
+logger = logging.getLogger(__name__)
+HELLO_TIMEOUT_S = 5.0
+
+PrefillFrames = AsyncIterator[transfer_pb2.PrefillFrame]
+
+
+class TransferService(TransferServicer):
+    """`on_message` takes what a peer says, `on_transfer` what a link does, from any thread."""
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        pairs: Pairs[transfer_pb2.DecodeFrame, RecvLink],
+        on_message: Callable[[FromPrefill], None],
+        on_transfer: Callable[[RecvEvent], None],
+    ) -> None:
+        self._context = context
+        self._pairs = pairs
+        self._on_message = on_message
+        self._on_transfer = on_transfer
+        self._store = StoreServer(context.host)
+        self._packer = make_packer(context.device)
+        self._launch_lock = threading.Lock()
+        self._epochs = itertools.count(1)
+        self._backend = "nccl" if context.device.type == "cuda" else "gloo"
+
+    def close(self) -> None:
+        self._store.close()
+
+    async def Connect(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        """A coroutine instead of a generator: gRPC then cancels it at once when the stream breaks."""
+        frames: PrefillFrames = aiter(request_iterator)
+        hello = await self._read_hello(frames, context)
+        differences = self._context.layout.differences(hello.layout)
+        if differences:
+            message = f"KV layouts differ (decode here, prefill there): {'; '.join(differences)}"
+            logger.error("prefill worker %s is refused: %s", hello.worker_id, message)
+            await context.write(decode_frame(Refused(message)))
+            return
+        await self._end_older(hello.worker_id)
+        try:
+            pair = await self._join(hello.worker_id, context)
+        except TransferError as error:
+            logger.warning("no connection with %s: %s", hello.worker_id, error)
+            return
+        await self._pairs.serve(pair, lambda: self._run(pair, frames, context))
+
+    async def _read_hello(self, frames: PrefillFrames, context: Any) -> Hello:
+        problem = "the stream did not begin with a hello"
+        try:
+            hello = parse_prefill_frame(await asyncio.wait_for(anext(frames), HELLO_TIMEOUT_S))
+            if isinstance(hello, Hello):
+                return hello
+        except WireError as error:
+            problem = str(error)
+        except (TimeoutError, StopAsyncIteration):
+            pass
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        raise AssertionError("abort raises")
+
+    async def _end_older(self, peer: str) -> None:
+        """A worker has one connection with us: what is left of its older one is destroyed first."""
+        for older in self._pairs.of_peer(peer):
+            await self._pairs.lose(older, "the prefill worker connected again")
+
+    async def _join(self, peer: str, context: Any) -> Pair[transfer_pb2.DecodeFrame, RecvLink]:
+        epoch = f"{self._context.worker_id}/{next(self._epochs)}"
+        config = self._context.config.transfer
+        staging = self._pairs.staging(peer, config.window, config.slot_bytes)
+        welcome = Welcome(
+            self._context.worker_id,
+            epoch,
+            self._store.host,
+            self._store.port,
+            config.window,
+            config.slot_bytes,
+            self._backend,
+        )
+        await context.write(decode_frame(welcome))
+        transport = await join_pair(
+            self._context, self._launch_lock, self._backend, self._store.store, epoch, DECODE_RANK
+        )
+        link = RecvLink(transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer)
+        return Pair(peer, epoch, link, config.window, config.slot_bytes)
+
+    async def _run(self, pair: Pair[transfer_pb2.DecodeFrame, RecvLink], frames: PrefillFrames, context: Any) -> str:
+        def on_frame(frame: transfer_pb2.PrefillFrame) -> None:
+            value = parse_prefill_frame(frame)
+            match value:
+                case Chunk() | Commit() | Finish() | Abort():
+                    self._on_message(FromPrefill(pair.peer, pair.epoch, value))
+                case Heartbeat():
+                    pass
+                case Hello():
+                    raise WireError("PrefillFrame.frame", "is a Hello amid the stream")
+
+        timing = self._context.config.router
+        return await pair.run(
+            frames,
+            on_frame,
+            context.write,
+            lambda sequence: decode_frame(Heartbeat(sequence)),
+            timing.heartbeat_interval_s,
+            timing.heartbeat_timeout_s,
+        )

@@ -1,0 +1,184 @@
+"""One epoch with a decode worker, seen from prefill: dial, hello, welcome, join, and serve until it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any
+
+import grpc
+import grpc.aio
+from torch.distributed.distributed_c10d import Store
+
+from baton.common.errors import ConfigError
+from baton.worker.half import WorkerContext
+from baton.worker.join import join_pair
+from baton.worker.pair import Pair, Pairs, describe
+from baton.worker.streams import CLIENT_OPTIONS
+from baton.worker.threads import run_in_thread, start_thread
+from kv_transfer.connection import PREFILL_RANK, PairTransport, TransferError
+from kv_transfer.events import FromDecode
+from kv_transfer.messages import Abort, ChunksDone, Committed
+from kv_transfer.packing import make_packer
+from kv_transfer.rendezvous import connect_store
+from kv_transfer.sender import SendEvent, SendLink
+from kv_transfer.wire import (
+    DecodeValue,
+    Heartbeat,
+    Hello,
+    Refused,
+    Welcome,
+    WireError,
+    parse_decode_frame,
+    prefill_frame,
+)
+from protos import transfer_pb2
+from protos.transfer_pb2_grpc import TransferStub
+
+logger = logging.getLogger(__name__)
+
+
+class PeerRefused(Exception):
+    """The peer cannot exchange KV with us, now or later; the text names why."""
+
+
+class PeerUnreachable(Exception):
+    """This try failed; a later one may not."""
+
+
+class Dialer:
+    """Asyncio thread. `on_message` takes what a peer says, `on_transfer` what a link does, from any thread."""
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        pairs: Pairs[transfer_pb2.PrefillFrame, SendLink],
+        on_message: Callable[[FromDecode], None],
+        on_transfer: Callable[[SendEvent], None],
+    ) -> None:
+        self._context = context
+        self._pairs = pairs
+        self._on_message = on_message
+        self._on_transfer = on_transfer
+        self._packer = make_packer(context.device)
+        self._launch_lock = threading.Lock()
+        self._stores: dict[str, Store] = {}
+        self._timeout_s = context.config.transfer.connect_timeout_s
+
+    async def serve_once(self, worker_id: str, address: str, on_connected: Callable[[], None]) -> str:
+        """Be connected once; returns why the connection failed or ended. Raises PeerRefused."""
+        async with grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS) as channel:
+            call = TransferStub(channel).Connect(None)
+            try:
+                welcome = await self._greet(call, worker_id)
+                staging = self._pairs.staging(worker_id, welcome.window, welcome.slot_bytes)
+                transport = await self._join(call, welcome)
+                link = SendLink(transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer)
+                pair = Pair[transfer_pb2.PrefillFrame, SendLink](
+                    worker_id, welcome.epoch, link, welcome.window, welcome.slot_bytes
+                )
+                return await self._pairs.serve(pair, lambda: self._run(call, pair, on_connected))
+            except (PeerUnreachable, TransferError, WireError) as error:
+                return str(error)
+            except ConfigError as error:
+                raise PeerRefused(str(error)) from error
+            except grpc.RpcError as error:
+                return describe(error)
+            except TimeoutError:
+                return f"no answer within {self._timeout_s:g} s"
+            finally:
+                call.cancel()
+
+    def forget(self, worker_id: str) -> None:
+        """Nobody wants this peer any more."""
+        self._stores.pop(worker_id, None)
+
+    async def _greet(self, call: Any, worker_id: str) -> Welcome:
+        hello = Hello(self._context.worker_id, self._context.layout)
+        async with asyncio.timeout(self._timeout_s):
+            await call.write(prefill_frame(hello))
+            answer = await _read(call)
+        match answer:
+            case Refused(message):
+                raise PeerRefused(message)
+            case Welcome() if answer.worker_id == worker_id:
+                return answer
+            case Welcome():
+                raise PeerUnreachable(f"{answer.worker_id} answers at this address")
+            case _:
+                raise PeerUnreachable(f"the peer answered hello with {type(answer).__name__}")
+
+    async def _join(self, call: Any, welcome: Welcome) -> PairTransport:
+        """Join the process group, and return when the peer's end is up too: its first heartbeat says so."""
+        ready = asyncio.create_task(_read(call), name=f"ready:{welcome.epoch}")
+        joining = asyncio.create_task(self._join_group(welcome), name=f"join:{welcome.epoch}")
+        try:
+            async with asyncio.timeout(2 * self._timeout_s):
+                await asyncio.wait({ready, joining}, return_when=asyncio.FIRST_COMPLETED)
+                if not ready.done():
+                    await joining
+                if not isinstance(await ready, Heartbeat):
+                    raise PeerUnreachable("the peer did not join")
+                return await joining
+        except BaseException:
+            ready.cancel()
+            joining.cancel()
+            joining.add_done_callback(_close_unused)
+            raise
+
+    async def _join_group(self, welcome: Welcome) -> PairTransport:
+        store = self._stores.pop(welcome.worker_id, None)
+        if store is None:
+            open_store = partial(connect_store, welcome.store_host, welcome.store_port, self._timeout_s)
+            store = await run_in_thread(open_store, f"store of {welcome.worker_id}")
+        transport = await join_pair(
+            self._context, self._launch_lock, welcome.backend, store, welcome.epoch, PREFILL_RANK
+        )
+        self._stores[welcome.worker_id] = store
+        return transport
+
+    async def _run(
+        self, call: Any, pair: Pair[transfer_pb2.PrefillFrame, SendLink], on_connected: Callable[[], None]
+    ) -> str:
+        on_connected()
+
+        def on_frame(frame: transfer_pb2.DecodeFrame) -> None:
+            value = parse_decode_frame(frame)
+            match value:
+                case ChunksDone() | Committed() | Abort():
+                    self._on_message(FromDecode(pair.peer, pair.epoch, value))
+                case Heartbeat():
+                    pass
+                case Welcome() | Refused():
+                    raise WireError("DecodeFrame.frame", f"is a {type(value).__name__} amid the stream")
+
+        timing = self._context.config.router
+        return await pair.run(
+            _frames(call),
+            on_frame,
+            call.write,
+            lambda sequence: prefill_frame(Heartbeat(sequence)),
+            timing.heartbeat_interval_s,
+            timing.heartbeat_timeout_s,
+        )
+
+
+async def _read(call: Any) -> DecodeValue:
+    """The next frame. Raises PeerUnreachable at the stream's end."""
+    frame = await call.read()
+    if not isinstance(frame, transfer_pb2.DecodeFrame):
+        raise PeerUnreachable("the peer closed the stream")
+    return parse_decode_frame(frame)
+
+
+async def _frames(call: Any) -> AsyncIterator[transfer_pb2.DecodeFrame]:
+    while isinstance(frame := await call.read(), transfer_pb2.DecodeFrame):
+        yield frame
+
+
+def _close_unused(joining: asyncio.Task[PairTransport]) -> None:
+    if not joining.cancelled() and joining.exception() is None:
+        start_thread(joining.result().close, "close unused")
