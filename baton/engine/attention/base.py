@@ -22,7 +22,7 @@ class AttentionMetadata:
 
     cu_seqlens_q: int32 [num_seqs + 1], first token row of each sequence (decode rows count one each)
     context_lens: int32 [num_seqs], KV length of a sequence including the new tokens of this step
-    block_tables: int32 [num_seqs, max_blocks], physical blocks, max_blocks >= 1; entries beyond the context are never used
+    block_tables: int32 [num_seqs, max_blocks], max_blocks >= 1, physical blocks; entries past the context are not used
     slot_mapping: int64 [num_tokens], block * block_size + offset of a token; -1: not stored
     max_seqlen_q: longest prefill segment (1 when there is none); an upper bound is enough
     """

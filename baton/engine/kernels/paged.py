@@ -12,13 +12,11 @@ import triton.language as tl
 def _block_ids(table_ptr, start, last_entry, n, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Physical blocks of the tile at `start`: a scalar when the tile lies in one block, else one per position.
 
-    Entries past `last_entry` are never read. All rows of a block read the same entry, which costs one cached line and no
-    exchange between threads.
+    Entries past `last_entry` are never read. All rows of a block read the same entry, which costs one cached line and
+    no exchange between threads.
     """
-    if BLOCK_N <= BLOCK_SIZE:
-        return tl.load(table_ptr + tl.minimum(start // BLOCK_SIZE, last_entry))
-    else:
-        return tl.load(table_ptr + tl.minimum((start + n) // BLOCK_SIZE, last_entry))
+    entry = start // BLOCK_SIZE if BLOCK_N <= BLOCK_SIZE else (start + n) // BLOCK_SIZE
+    return tl.load(table_ptr + tl.minimum(entry, last_entry))
 
 
 @triton.jit
@@ -56,10 +54,7 @@ def _attend_tile(
         mask = (position < end)[:, None]
     elif HEAD_DIM != HEAD_DIM_PAD:
         mask = (d < HEAD_DIM)[None, :]
-    if MASKED or HEAD_DIM != HEAD_DIM_PAD:
-        k = tl.load(pointers, mask=mask, other=0.0)
-    else:
-        k = tl.load(pointers)
+    k = tl.load(pointers, mask=mask, other=0.0) if MASKED or HEAD_DIM != HEAD_DIM_PAD else tl.load(pointers)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(position[None, :] <= last_visible[:, None], scores, float("-inf"))
@@ -69,10 +64,8 @@ def _attend_tile(
     alpha = tl.math.exp2(row_max - new_max)
     row_sum = row_sum * alpha + tl.sum(p, 1)
 
-    if MASKED or HEAD_DIM != HEAD_DIM_PAD:
-        v = tl.load(pointers + v_offset, mask=mask, other=0.0)
-    else:
-        v = tl.load(pointers + v_offset)
+    pointers += v_offset
+    v = tl.load(pointers, mask=mask, other=0.0) if MASKED or HEAD_DIM != HEAD_DIM_PAD else tl.load(pointers)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, row_sum, new_max
 
