@@ -177,6 +177,13 @@ class RecentRequests:
     def get(self, request_id: str) -> RequestRecord | None:
         return self._running.get(request_id) or self._ended.get(request_id)
 
+    def group(self, group_id: str) -> list[RequestRecord]:
+        """The records of an API request with several prompts, in their order."""
+        records: list[RequestRecord] = []
+        while (record := self.get(f"{group_id}-{len(records)}")) is not None:
+            records.append(record)
+        return records
+
     def add_worker_event(self, request_id: str, worker_id: str, attempt: int, name: str, at_s: float) -> None:
         """Record what a worker reported; unknown requests, and names that no worker has, are dropped."""
         record = self.get(request_id)

@@ -48,6 +48,7 @@ class Registry:
         self._listeners: list[Callable[[], None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._max_model_len = 0
+        self._news = asyncio.Event()
 
     # ---- membership
 
@@ -97,6 +98,17 @@ class Registry:
     def is_ready(self) -> bool:
         """A decode worker is attached."""
         return any(session.hello.role == "decode" for session in self.sessions)
+
+    async def wait_for(self, num_prefill: int, num_decode: int) -> None:
+        """Returns once so many workers are attached and no pair is still connecting. The caller bounds the wait."""
+        while not self._has(num_prefill, num_decode):
+            self._news.clear()
+            await self._news.wait()
+
+    def _has(self, num_prefill: int, num_decode: int) -> bool:
+        roles = [session.hello.role for session in self.sessions]
+        attached = roles.count("prefill") >= num_prefill and roles.count("decode") >= num_decode
+        return attached and not any(pair.state == CONNECTING for pair in self.pairs.all())
 
     def session(self, worker_id: str) -> WorkerSession:
         return self._sessions[worker_id]
@@ -170,5 +182,6 @@ class Registry:
         self._changed()
 
     def _changed(self) -> None:
+        self._news.set()
         for listener in self._listeners:
             listener()

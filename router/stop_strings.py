@@ -1,0 +1,42 @@
+"""Stop strings over text that arrives in pieces. Pure; one instance per output; used by text.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Holds back the end of the text while it could be the beginning of a stop string; neither the stop string nor
+    anything after it ever comes out.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Add text; return what is safe to emit, and whether a stop string ended the output."""
+        if not self._stops:
+            return text, False
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            safe, self._held = self._held[: min(found)], ""
+            return safe, True
+        keep = self._longest_partial()
+        safe, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return safe, False
+
+    def flush(self) -> str:
+        """The output ended without a stop string: what was held back is text after all."""
+        text, self._held = self._held, ""
+        return text
+
+    def _longest_partial(self) -> int:
+        """Length of the longest end of the held text with which some stop string begins."""
+        longest = min(max(len(stop) for stop in self._stops) - 1, len(self._held))
+        for length in range(longest, 0, -1):
+            end = self._held[-length:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0
