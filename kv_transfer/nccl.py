@@ -81,7 +81,8 @@ class NcclTransport:
         self._operation = threading.Lock()
         self._abort_lock = threading.Lock()
         self._aborted = False
-        self._stuck: str | None = None
+        self._abort_failure = ""
+        self._in_flight: torch.cuda.Event | None = None
 
     def send(self, buffer: torch.Tensor) -> None:
         self._run("send", buffer, self._launch_lock)
@@ -95,15 +96,18 @@ class NcclTransport:
         self._run("recv" if rank == 0 else "send", byte, nullcontext())
 
     def close(self) -> None:
-        """Aborts an operation in flight and waits until the GPU has left it."""
+        """Aborts an operation in flight and waits until the GPU has left it. After TransferError, try again later."""
         self._closing.set()
         self._abort()
         if not self._operation.acquire(timeout=2 * _ABORT_TIMEOUT_S):
             raise TransferError("NCCL: an operation survived the abort of its communicator")
         try:
             self._group = None
-            if self._stuck is not None:
-                raise TransferError(self._stuck)
+            if self._in_flight is not None and not self._poll(self._in_flight, _ABORT_TIMEOUT_S, threading.Event()):
+                raise TransferError(f"NCCL: the GPU is still in an aborted operation {self._abort_failure}".rstrip())
+            self._in_flight = None
+        except RuntimeError as error:
+            raise TransferError(f"NCCL close: {first_line(error)}") from None
         finally:
             self._operation.release()
 
@@ -117,7 +121,9 @@ class NcclTransport:
                     start([buffer], self._peer, _TAG).wait()  # orders the current stream after it, blocks nothing
                     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     done.record()
+                self._in_flight = done
                 self._watch(done)
+                self._in_flight = None
             except (RuntimeError, TransferError) as error:
                 self._abort()
                 raise TransferError(f"NCCL {what} of {buffer.numel()} bytes: {first_line(error)}") from None
@@ -127,8 +133,7 @@ class NcclTransport:
         if self._poll(done, self._timeout_s, self._closing):
             return
         self._abort()
-        if not self._poll(done, _ABORT_TIMEOUT_S, threading.Event()):
-            self._stuck = "NCCL: the GPU is still in an operation after the abort of its communicator"
+        self._poll(done, _ABORT_TIMEOUT_S, threading.Event())
         raise TransferError("closed" if self._closing.is_set() else f"not complete within {self._timeout_s} s")
 
     @staticmethod
@@ -150,4 +155,4 @@ class NcclTransport:
             try:
                 run_bounded(group.abort, _ABORT_TIMEOUT_S, "NCCL abort")
             except TransferError as error:
-                self._stuck = str(error)
+                self._abort_failure = f"({error})"
