@@ -1,0 +1,110 @@
+"""How an NCCL connection watches its operations, with stand-ins for the process group and for CUDA events."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kv_transfer.connection import nccl_environment
+from kv_transfer.nccl import NcclTransport
+from kv_transfer.transport import TransferError
+from tests.transfer.io_support import WAIT_S
+
+BUFFER = torch.zeros(4, dtype=torch.uint8)
+
+
+class FakeEvent:
+    """Fires when the test lets it."""
+
+    def __init__(self, fired: threading.Event) -> None:
+        self._fired = fired
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return self._fired.is_set()
+
+
+class FakeGroup:
+    """Operations complete when `done` is set; `abort` ends those in flight unless it is broken."""
+
+    def __init__(self, done: threading.Event, abort_works: bool = True) -> None:
+        self.done = done
+        self.abort_works = abort_works
+        self.aborts = 0
+        self.launched = threading.Event()
+
+    def send(self, tensors: object, peer: int, tag: int, /) -> SimpleNamespace:
+        self.launched.set()
+        return SimpleNamespace(wait=lambda: True)
+
+    recv = send
+
+    def abort(self) -> None:
+        self.aborts += 1
+        if self.abort_works:
+            self.done.set()
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    fired = threading.Event()
+    monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(fired))
+    monkeypatch.setattr("kv_transfer.nccl._ABORT_TIMEOUT_S", 0.3)
+    return fired
+
+
+def nccl_over(group: FakeGroup, timeout_s: float = 30.0) -> NcclTransport:
+    return NcclTransport(group, 1, timeout_s, threading.Lock())  # type: ignore[arg-type]
+
+
+def test_nccl_operation_past_its_deadline_aborts_the_communicator(done: threading.Event) -> None:
+    group = FakeGroup(done)
+    transport = nccl_over(group, timeout_s=0.1)
+    with pytest.raises(TransferError, match=r"recv of 4 bytes: not complete within 0\.1 s"):
+        transport.recv(BUFFER)
+    assert group.aborts == 1
+    with pytest.raises(TransferError, match="closed"):
+        transport.send(BUFFER)
+    transport.close()
+    assert group.aborts == 1
+
+
+def test_nccl_close_frees_an_operation_in_flight(done: threading.Event) -> None:
+    group = FakeGroup(done)
+    transport = nccl_over(group)
+    with ThreadPoolExecutor(1) as pool:
+        receive = pool.submit(transport.recv, BUFFER)
+        assert group.launched.wait(WAIT_S)
+        transport.close()
+        with pytest.raises(TransferError):
+            receive.result(WAIT_S)
+    assert group.aborts == 1
+
+
+def test_nccl_operation_completes_without_an_abort(done: threading.Event) -> None:
+    group = FakeGroup(done)
+    done.set()
+    nccl_over(group).send(BUFFER)
+    assert group.aborts == 0
+
+
+def test_nccl_close_says_when_the_gpu_may_still_touch_memory(done: threading.Event) -> None:
+    group = FakeGroup(done, abort_works=False)
+    transport = nccl_over(group, timeout_s=0.1)
+    with pytest.raises(TransferError):
+        transport.recv(BUFFER)
+    with pytest.raises(TransferError, match="still in an aborted operation"):
+        transport.close()
+    done.set()
+    transport.close()
+
+
+def test_workers_turn_multicast_and_torchs_own_error_handling_off() -> None:
+    environment = nccl_environment()
+    assert environment["NCCL_NVLS_ENABLE"] == environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert environment["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == environment["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
