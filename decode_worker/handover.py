@@ -1,7 +1,7 @@
 """The decode half: reserves blocks for prompts that prefill workers compute, receives and verifies their KV, admits.
 
-Executes the decode end of `kv_transfer.protocol`: commands, engine answers, links, streams and timers become events; its
-actions become engine commands, transfers and frames. Asyncio thread only.
+Executes the decode end of `kv_transfer.protocol`: what happens becomes its events, its actions become engine commands,
+transfers and frames. Asyncio thread only.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ class WorkerClient:
         self.failed: dict[tuple[str, int], pb.AttemptFailed] = {}
         self.events: dict[tuple[str, int], list[str]] = defaultdict(list)
         self.peer_states: dict[str, pb.PeerState] = {}
+        self.peer_history: list[tuple[str, str]] = []
         self.heartbeats: list[pb.WorkerHeartbeat] = []
         self.num_step_frames = 0
         self.ended: str | None = None
@@ -183,6 +184,7 @@ class WorkerClient:
                 self.events[_pair(frame.events.key)].extend(event.name for event in frame.events.events)
             case "peer_state":
                 self.peer_states[frame.peer_state.worker_id] = frame.peer_state
+                self.peer_history.append((frame.peer_state.worker_id, frame.peer_state.state))
             case "heartbeat":
                 assert _conserved(frame.heartbeat.blocks), frame.heartbeat
                 self.heartbeats.append(frame.heartbeat)

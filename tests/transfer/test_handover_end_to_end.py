@@ -1,0 +1,331 @@
+"""The hand-over with real workers: real engine, real gRPC, real gloo, in one process; the test is the router."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from baton.common.config import EngineConfig, TransferConfig
+from protos import worker_pb2 as pb
+from tests.support.tiny_model import make_tiny_llama
+from tests.support.worker_client import WorkerClient
+from tests.transfer.handover_cluster import Cluster, Unpacks, cluster, config, prompt, spec
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+async def connected(model: Path) -> AsyncIterator[Cluster]:
+    async with cluster(config(model)) as workers:
+        await workers.connect()
+        yield workers
+
+
+# ---- what comes out
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 100, 200])
+async def test_remote_tokens_equal_local_tokens(connected: Cluster, length: int) -> None:
+    samplings: list[dict[str, object]] = [{}, {"temperature": 0.9, "seed": 11, "top_p": 0.9, "top_k": 50}]
+    for number, sampling in enumerate(samplings):
+        request = spec(prompt(length, seed=number), 20, **sampling)
+        remote = await connected.remote(f"remote-{number}", request)
+        local = await connected.local(f"local-{number}", request)
+        assert remote == local
+        assert len(remote) == 20
+    await connected.at_rest()
+
+
+async def test_a_resubmitted_request_goes_on_where_it_was(connected: Cluster) -> None:
+    request = spec(prompt(50), 12, temperature=0.8, seed=5)
+    tokens = await connected.local("whole", request)
+    again = spec(prompt(50) + tokens[:4], 8, temperature=0.8, seed=5, num_emitted=4)
+    assert await connected.remote("rest", again) == tokens[4:]
+    assert min(connected.to_prefill.tokens["rest", 1]) == 4
+
+
+async def test_known_blocks_are_not_sent_again(connected: Cluster) -> None:
+    unpacks = Unpacks(connected.decode)
+    first = await connected.remote("a", spec(prompt(100)))
+    sent = unpacks.count
+    second = await connected.remote("b", spec(prompt(100)))
+    assert second == first
+    assert connected.to_decode.reserved["a", 1].num_cached_tokens == 0
+    assert connected.to_decode.reserved["b", 1].num_cached_tokens == 96
+    assert 0 < unpacks.count - sent < sent / 2
+    await connected.at_rest()
+
+
+async def test_a_prompt_that_decode_knows_whole_needs_no_chunk(connected: Cluster) -> None:
+    first = await connected.remote("a", spec(prompt(96)))
+    unpacks = Unpacks(connected.decode)
+    assert await connected.remote("b", spec(prompt(96))) == first
+    assert unpacks.count == 0
+    await connected.at_rest()
+
+
+async def test_a_request_that_ends_at_its_first_token_ends_on_prefill(connected: Cluster) -> None:
+    [token] = await connected.local("reference", spec(prompt(40), 1))
+    assert await connected.remote("length", spec(prompt(40), 1)) == [token]
+    assert await connected.remote("stop", spec(prompt(40), 9, stop_token_ids=[token])) == [token]
+    assert connected.to_prefill.finish_reasons == {("length", 1): "length", ("stop", 1): "stop"}
+    await connected.at_rest()
+    assert not connected.to_decode.tokens.keys() - {("reference", 1)}
+    assert not connected.to_decode.failed
+
+
+async def test_many_interleaved_requests(model: Path) -> None:
+    many = config(model, engine=EngineConfig(max_num_batched_tokens=64, max_num_seqs=32, num_blocks=400))
+    async with cluster(many) as workers:
+        await workers.connect()
+        requests = {
+            f"r{number}": spec(prompt(5 + 9 * number, seed=number), 3 + number % 7, temperature=number % 2, seed=number)
+            for number in range(24)
+        }
+        remote = await asyncio.gather(*(workers.remote(name, request) for name, request in requests.items()))
+        local = await asyncio.gather(*(workers.local(f"l{name}", request) for name, request in requests.items()))
+        assert remote == local
+        await workers.at_rest()
+
+
+async def test_both_ends_report_their_part_of_the_timeline(connected: Cluster) -> None:
+    await connected.remote("a", spec(prompt(60)))
+    await connected.at_rest()
+    at_prefill = connected.to_prefill.events["a", 1]
+    at_decode = connected.to_decode.events["a", 1]
+    assert at_prefill[0] == at_decode[0] == "accepted"
+    wanted = {"prefill_start", "transfer_start", "prefill_end", "first_token", "transfer_end", "committed"}
+    assert wanted <= set(at_prefill)
+    order = [name for name in at_decode if name in {"reserved", "transfer_start", "committed", "admitted", "finished"}]
+    assert order == ["reserved", "transfer_start", "committed", "admitted", "finished"]
+
+
+# ---- what ends early
+
+
+async def test_cancel_after_the_reservation(connected: Cluster) -> None:
+    await connected.open("a", spec(prompt(100)))
+    await connected.to_decode.cancel("a")
+    await connected.at_rest()
+
+
+async def test_cancel_before_the_reservation_is_known(connected: Cluster) -> None:
+    await connected.to_decode.open("a", spec(prompt(100)), connected.prefill.worker_id)
+    await connected.to_decode.cancel("a")
+    await connected.at_rest()
+
+
+@pytest.mark.parametrize("who", ["prefill", "decode", "both"])
+@pytest.mark.parametrize("held", [0, 3])
+async def test_cancel_amid_the_transfer(connected: Cluster, who: str, held: int) -> None:
+    unpacks = Unpacks(connected.decode)
+    unpacks.hold_from(held)
+    key = await connected.begin("a", spec(prompt(200)))
+    await asyncio.wait_for(unpacks.held.wait(), 20)
+    to_prefill, to_decode = connected.to_prefill, connected.to_decode
+    if who != "decode":
+        await to_prefill.cancel("a")
+    if who != "prefill":
+        await to_decode.cancel("a")
+    if who == "prefill":
+        await to_decode.until(lambda: key in to_decode.failed, "word of the abort at decode")
+        assert to_decode.failed[key].code == "aborted"
+    if who == "decode":
+        await to_prefill.until(lambda: key in to_prefill.failed, "word of the abort at prefill")
+        assert to_prefill.failed[key].code == "aborted"
+    unpacks.release()
+    await connected.at_rest()
+    assert key not in to_decode.tokens
+    assert await connected.remote("b", spec(prompt(40))) == await connected.local("c", spec(prompt(40)))
+
+
+async def test_cancel_while_decoding(connected: Cluster) -> None:
+    key = await connected.begin("a", spec(prompt(40), 400))
+    to_decode = connected.to_decode
+    await to_decode.until(lambda: len(to_decode.tokens[key]) >= 3, "some tokens")
+    await to_decode.cancel("a")
+    await to_decode.cancel("a")
+    await connected.at_rest()
+    assert key not in to_decode.failed
+    assert len(to_decode.tokens[key]) < 399
+
+
+async def test_the_deadline_frees_both_ends(connected: Cluster) -> None:
+    unpacks = Unpacks(connected.decode)
+    unpacks.hold_from(0)
+    reserved = await connected.open("a", spec(prompt(100), deadline_s=1.0))
+    key = await connected.to_prefill.prefill("a", spec(prompt(100)), connected.decode.worker_id, reserved)
+    to_prefill, to_decode = connected.to_prefill, connected.to_decode
+    await to_decode.until(lambda: key in to_decode.failed, "the deadline")
+    assert (to_decode.failed[key].code, to_decode.failed[key].retryable) == ("deadline", False)
+    await to_prefill.until(lambda: key in to_prefill.failed, "word of it at prefill")
+    unpacks.release()
+    await connected.at_rest()
+
+
+async def test_an_unused_lease_expires(model: Path) -> None:
+    async with cluster(config(model, transfer=TransferConfig(lease_s=0.3))) as workers:
+        await workers.connect()
+        await workers.open("a", spec(prompt(100)))
+        failed = workers.to_decode.failed
+        await workers.to_decode.until(lambda: ("a", 1) in failed, "the end of the lease")
+        assert (failed["a", 1].code, failed["a", 1].retryable) == ("expired", True)
+        await workers.at_rest()
+
+
+async def test_a_cut_router_frees_everything(connected: Cluster) -> None:
+    unpacks = Unpacks(connected.decode)
+    unpacks.hold_from(2)
+    await connected.begin("transfer", spec(prompt(200)))
+    await asyncio.wait_for(unpacks.held.wait(), 20)
+    await connected.to_decode.generate("local", spec(prompt(30), 400))
+    await connected.to_decode.open("open", spec(prompt(90, seed=3)), connected.prefill.worker_id)
+    await connected.to_decode.until(lambda: bool(connected.to_decode.tokens["local", 1]), "a token")
+    await connected.to_decode.cut()
+    await connected.to_prefill.cut()
+    unpacks.release()
+    for shell in (connected.prefill, connected.decode):
+        async with WorkerClient(shell.address, "watcher") as watcher:
+            await watcher.at_rest()
+
+
+async def test_a_spoilt_chunk_is_never_served(connected: Cluster) -> None:
+    unpacks = Unpacks(connected.decode)
+    unpacks.flip_bit(4)
+    key = await connected.begin("a", spec(prompt(200)))
+    to_prefill, to_decode = connected.to_prefill, connected.to_decode
+    await to_decode.until(lambda: key in to_decode.failed, "the failure")
+    assert (to_decode.failed[key].code, to_decode.failed[key].retryable) == ("corrupt", True)
+    await to_prefill.until(lambda: key in to_prefill.failed, "word of it at prefill")
+    await connected.at_rest()
+    assert key not in to_decode.tokens
+    again = spec(prompt(200))
+    reserved = await to_decode.open("a", again, connected.prefill.worker_id, attempt=2)
+    await to_decode.until(lambda: reserved in to_decode.reserved, "a new reservation")
+    key = await to_prefill.prefill("a", again, connected.decode.worker_id, to_decode.reserved[reserved], attempt=2)
+    assert await connected.finish(key) == await connected.local("l", again)
+
+
+# ---- what does not begin
+
+
+async def test_other_layouts_are_refused_and_named(model: Path, tmp_path: Path) -> None:
+    other = make_tiny_llama(tmp_path / "other", seed=1)
+    engine = EngineConfig(block_size=32, num_blocks=64)
+    async with cluster(config(model), config(other, engine=engine)) as workers:
+        await workers.want_connection()
+        refused = await workers.peer_state("refused")
+        assert "block_size: 32 here, 16 there" in refused.message
+        assert "model_hash" in refused.message
+        assert "num_layers" not in refused.message
+        key = await workers.to_decode.open("a", spec(prompt(20)), workers.prefill.worker_id)
+        await workers.to_decode.until(lambda: key in workers.to_decode.refused, "the refusal")
+        assert workers.to_decode.refused[key].code == "no_connection"
+        assert len(await workers.local("b", spec(prompt(20)))) == 8
+
+
+async def test_without_a_connection_both_ends_refuse(model: Path) -> None:
+    async with cluster(config(model)) as workers:
+        reserved = pb.Reserved(lease=1, generation=1)
+        opened = await workers.to_decode.open("a", spec(prompt(20)), workers.prefill.worker_id)
+        sent = await workers.to_prefill.prefill("a", spec(prompt(20)), workers.decode.worker_id, reserved)
+        for client, key in ((workers.to_decode, opened), (workers.to_prefill, sent)):
+            await client.until(lambda client=client, key=key: key in client.refused, "the refusal")  # type: ignore[misc]
+            assert client.refused[key].code == "no_connection"
+        await workers.at_rest()
+
+
+async def test_a_full_pool_is_busy(connected: Cluster) -> None:
+    await connected.open("a", spec(prompt(400), 100))
+    await connected.open("b", spec(prompt(400, seed=1), 80))
+    key = await connected.to_decode.open("c", spec(prompt(100, seed=2)), connected.prefill.worker_id)
+    await connected.to_decode.until(lambda: key in connected.to_decode.refused, "the refusal")
+    assert connected.to_decode.refused[key].code == "busy"
+    assert connected.to_decode.refused[key].retry_after_s > 0
+    for name in ("a", "b"):
+        await connected.to_decode.cancel(name)
+    await connected.at_rest()
+    assert len(await connected.remote("d", spec(prompt(100, seed=2)))) == 8
+
+
+async def test_a_stale_lease_is_not_filled(connected: Cluster) -> None:
+    reserved = await connected.open("a", spec(prompt(100)))
+    await connected.to_decode.cancel("a")
+    await connected.to_decode.at_rest()
+    key = await connected.to_prefill.prefill("a", spec(prompt(100)), connected.decode.worker_id, reserved)
+    await connected.to_prefill.until(lambda: key in connected.to_prefill.failed, "the failure")
+    assert connected.to_prefill.failed[key].code == "aborted"
+    await connected.at_rest()
+
+
+async def test_repeated_commands_change_nothing(connected: Cluster) -> None:
+    request = spec(prompt(60))
+    reserved = await connected.open("a", request)
+    await connected.to_decode.open("a", request, connected.prefill.worker_id)
+    for _ in range(2):
+        key = await connected.to_prefill.prefill("a", request, connected.decode.worker_id, reserved)
+    tokens = await connected.finish(key)
+    await connected.to_prefill.prefill("a", request, connected.decode.worker_id, reserved)
+    assert tokens == await connected.local("l", request)
+    await connected.at_rest()
+    assert connected.to_decode.reserved[key] == reserved
+
+
+# ---- what breaks and heals
+
+
+async def test_a_lost_connection_is_made_anew(connected: Cluster) -> None:
+    unpacks = Unpacks(connected.decode)
+    unpacks.hold_from(2)
+    key = await connected.begin("a", spec(prompt(200)))
+    await asyncio.wait_for(unpacks.held.wait(), 20)
+    [pair] = unpacks.pairs()
+    pair.outbox.end("cut by the test")
+    to_prefill, to_decode = connected.to_prefill, connected.to_decode
+    for client in (to_prefill, to_decode):
+        await client.until(lambda client=client: key in client.failed, "the failure")  # type: ignore[misc]
+        assert client.failed[key].code == "peer_lost"
+    unpacks.drop()
+    await connected.peer_state("connected", times=2)
+    assert pair not in unpacks.pairs()
+    assert await connected.remote("b", spec(prompt(70))) == await connected.local("c", spec(prompt(70)))
+    await connected.at_rest()
+
+
+async def test_disconnecting_frees_what_is_under_way(connected: Cluster) -> None:
+    unpacks = Unpacks(connected.decode)
+    unpacks.hold_from(2)
+    key = await connected.begin("a", spec(prompt(200)))
+    await asyncio.wait_for(unpacks.held.wait(), 20)
+    await connected.to_prefill.send(disconnect_peer=pb.DisconnectPeer(worker_id=connected.decode.worker_id))
+    for client in (connected.to_prefill, connected.to_decode):
+        await client.until(lambda client=client: key in client.failed, "the failure")  # type: ignore[misc]
+    unpacks.drop()
+    await connected.at_rest()
+    await connected.connect(times=2)
+    assert len(await connected.remote("b", spec(prompt(70)))) == 8
+
+
+async def test_draining_lets_a_hand_over_end(connected: Cluster) -> None:
+    unpacks = Unpacks(connected.decode)
+    unpacks.hold_from(1)
+    key = await connected.begin("a", spec(prompt(100)))
+    await asyncio.wait_for(unpacks.held.wait(), 20)
+    draining = [asyncio.create_task(shell.drain(20.0)) for shell in (connected.prefill, connected.decode)]
+    late = await connected.to_decode.generate("b", spec(prompt(10)))
+    await connected.to_decode.until(lambda: late in connected.to_decode.refused, "the refusal")
+    unpacks.release()
+    assert len(await connected.finish(key)) == 8
+    assert await asyncio.gather(*draining) == [True, True]
