@@ -28,7 +28,7 @@ def draw(logits: torch.Tensor, *requests: Request) -> list[int]:
 
 def draw_many(logits: list[float], count: int, **params: object) -> Counter[int]:
     """One draw at each of `count` positions."""
-    rows = sampling_rows([a_request(**params)] * count, len(logits), CPU)
+    rows = sampling_rows([a_request(1, **params)] * count, len(logits), CPU)
     tokens = sample(torch.tensor([logits] * count), replace(rows, position=torch.arange(1, count + 1)))
     return Counter(tokens.tolist())
 
