@@ -43,7 +43,7 @@ class Tokenizer:
             raise ConfigError("model", f"{file} does not exist")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001  (the library raises nothing more specific)
             raise ConfigError("model", f"{file} cannot be read: {error}") from None
         backend.no_truncation()
         backend.no_padding()

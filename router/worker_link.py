@@ -106,12 +106,11 @@ class WorkerLink:
     async def _serve(self, call: AttachCall, session: WorkerSession) -> None:
         self._observer.on_attached(session)
         self.last_error = ""
-        reason = "the link was closed"
         try:
             reason = await session.run(call, self._settings.heartbeat_interval_s, self._settings.heartbeat_timeout_s)
-        finally:
             self.last_error = reason
             _log.warning("worker %s at %s is lost: %s", session.worker_id, self.address, reason)
+        finally:
             self._observer.on_lost(session)
 
 

@@ -1,0 +1,192 @@
+"""Whatever a client sends wrongly gets a 4xx in OpenAI's form, at once, and nothing reaches a worker."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import grpc.aio
+import pytest
+from google.rpc.error_details_pb2 import BadRequest  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+
+from protos import inference_pb2 as pb
+from router.openai_schema import UNSUPPORTED
+from tests.support.fake_worker import FakeWorker, answer
+from tests.unit.router.conftest import MODEL, Served, serving
+
+
+def body(**fields: Any) -> str:
+    return json.dumps({"model": MODEL, "prompt": [1, 2, 3], **fields})
+
+
+BAD: list[tuple[str, str | bytes, int, str | None]] = [
+    ("empty", "", 400, None),
+    ("not json", "{", 400, None),
+    ("not an object", "[1]", 400, None),
+    ("null", "null", 400, None),
+    ("broken utf-8", b'{"prompt":"\xff"}', 400, None),
+    ("lone surrogate", '{"model":"fake","prompt":"\\ud800"}', 400, None),
+    ("deep", '{"prompt":' + "[" * 100_000 + "}", 400, None),
+    ("deep and closed", '{"x":' + "[" * 5000 + "]" * 5000 + "}", 400, None),
+    ("huge number", '{"max_tokens":' + "9" * 10_000 + "}", 400, None),
+    ("NaN", '{"model":"fake","prompt":"a","temperature":NaN}', 400, "temperature"),
+    ("Infinity", '{"model":"fake","prompt":"a","top_p":Infinity}', 400, "top_p"),
+    ("1e999", '{"model":"fake","prompt":"a","temperature":1e999}', 400, "temperature"),
+    ("no model", '{"prompt":"a"}', 400, "model"),
+    ("no prompt", '{"model":"fake"}', 400, "prompt"),
+    ("unknown model", body(model="other"), 404, "model"),
+    ("model of wrong type", body(model=3), 400, "model"),
+    ("empty prompt text", body(prompt=""), 400, "prompt"),
+    ("empty prompt list", body(prompt=[]), 400, "prompt"),
+    ("empty prompt in list", body(prompt=[[]]), 400, "prompt"),
+    ("prompt of wrong type", body(prompt={"a": 1}), 400, "prompt"),
+    ("null prompt", body(prompt=None), 400, "prompt"),
+    ("mixed prompt", body(prompt=[1, "a"]), 400, "prompt"),
+    ("bool as token", body(prompt=[True]), 400, "prompt"),
+    ("float as token", body(prompt=[1.0]), 400, "prompt"),
+    ("negative token", body(prompt=[-1]), 400, "prompt"),
+    ("token outside the vocabulary", body(prompt=[300]), 400, "prompt"),
+    ("token beyond 32 bits", body(prompt=[2**40]), 400, "prompt"),
+    ("too many prompts", body(prompt=[[1]] * 129), 400, "prompt"),
+    ("prompt too long", body(prompt=[1] * 513), 400, "prompt"),
+    ("text prompt too long", body(prompt="a" * 513), 400, "prompt"),
+    ("prompt and max_tokens too long", body(max_tokens=510), 400, "max_tokens"),
+    ("max_tokens as text", body(max_tokens="3"), 400, "max_tokens"),
+    ("max_tokens as bool", body(max_tokens=True), 400, "max_tokens"),
+    ("max_tokens as float", body(max_tokens=1.5), 400, "max_tokens"),
+    ("max_tokens zero", body(max_tokens=0), 400, "max_tokens"),
+    ("max_tokens beyond everything", body(max_tokens=2**63), 400, "max_tokens"),
+    ("temperature negative", body(temperature=-0.1), 400, "temperature"),
+    ("temperature as text", body(temperature="1"), 400, "temperature"),
+    ("temperature beyond float32", body(temperature=1e39), 400, "temperature"),
+    ("top_p zero", body(top_p=0), 400, "top_p"),
+    ("top_p above one", body(top_p=1.1), 400, "top_p"),
+    ("top_k", body(top_k=-2), 400, "top_k"),
+    ("seed too large", body(seed=2**64), 400, "seed"),
+    ("five stop strings", body(stop=["a"] * 5), 400, "stop"),
+    ("empty stop string", body(stop=[""]), 400, "stop"),
+    ("long stop string", body(stop="a" * 2000), 400, "stop"),
+    ("stop of wrong type", body(stop=[1]), 400, "stop"),
+    ("stream as text", body(stream="true"), 400, "stream"),
+    ("stream_options without stream", body(stream_options={"include_usage": True}), 400, "stream_options"),
+    ("stream_options of wrong type", body(stream=True, stream_options=[]), 400, "stream_options"),
+    ("n", body(n=2), 400, "n"),
+    ("n as bool", body(n=True), 400, "n"),
+    ("logprobs", body(logprobs=0), 400, "logprobs"),
+    ("echo", body(echo=True), 400, "echo"),
+    ("penalty", body(presence_penalty=0.1), 400, "presence_penalty"),
+    ("NaN penalty", '{"model":"fake","prompt":"a","presence_penalty":NaN}', 400, "presence_penalty"),
+    ("kv_transfer_params", body(kv_transfer_params={"lease": 1}), 400, "kv_transfer_params"),
+    ("suffix", body(suffix="x"), 400, "suffix"),
+]
+
+
+@pytest.mark.parametrize(("content", "status", "param"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+async def test_a_bad_body_is_refused_by_name_and_reaches_nobody(
+    workers: list[FakeWorker], served: Served, content: str | bytes, status: int, param: str | None
+) -> None:
+    workers.append(FakeWorker("d0", script=answer))
+    await served.attach(*workers)
+    response = await served.http.post("/v1/completions", content=content)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert error["message"]
+    assert served.router.dispatcher.is_idle
+    assert not workers[0].received("generate")
+
+
+async def test_the_length_limit_is_named(workers: list[FakeWorker], served: Served) -> None:
+    """The pool (8 blocks of 16) is smaller than the model's 512."""
+    workers.append(FakeWorker("d0", script=answer, num_blocks=8))
+    await served.attach(*workers)
+    error = (await served.complete(prompt=[1] * 128)).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "128 tokens" in error["message"]
+    fitting = await served.complete(prompt=[1] * 120, max_tokens=8)
+    assert fitting.status_code == 200
+
+
+async def test_neutral_values_of_unsupported_fields_and_unknown_fields_are_accepted(
+    workers: list[FakeWorker], served: Served
+) -> None:
+    workers.append(FakeWorker("d0", script=answer))
+    await served.attach(*workers)
+    neutral = {name: values[-1] for name, values in UNSUPPORTED.items()}
+    response = await served.complete(**neutral, user="me", something_new=[1], temperature=None, stop=None)
+    assert response.status_code == 200, response.text
+    assert "baton_ignored_fields_total 1.0" in (await served.http.get("/metrics")).text
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_over_the_limit_is_refused_before_it_is_parsed(chunked: bool) -> None:
+    async with serving(server={"max_body_bytes": 2048}) as served:
+        content = b'{"model":"fake","prompt":"' + b"a" * 4096
+
+        async def pieces() -> Any:
+            for start in range(0, len(content), 512):
+                yield content[start : start + 512]
+
+        response = await served.http.post("/v1/completions", content=pieces() if chunked else content)
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/completions", 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/chat/completions", 404),
+        ("GET", "/v1/requests/unknown", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/", 404),
+    ],
+)
+async def test_http_errors_have_the_same_form(served: Served, method: str, path: str, status: int) -> None:
+    response = await served.http.request(method, path)
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    if status == 405:
+        assert response.headers["allow"]
+
+
+def request(**fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(**{"model": MODEL, "token_ids": pb.TokenIds(ids=[1, 2, 3]), **fields})
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "field"),
+    [
+        (pb.GenerateRequest(model=MODEL), grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+        (request(token_ids=pb.TokenIds()), grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+        (request(token_ids=pb.TokenIds(ids=[300])), grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+        (request(token_ids=pb.TokenIds(ids=[1] * 600)), grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+        (request(model="other"), grpc.StatusCode.NOT_FOUND, "model"),
+        (request(sampling=pb.SamplingParams(max_tokens=0)), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
+        (request(sampling=pb.SamplingParams(temperature=math.nan)), grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
+        (request(sampling=pb.SamplingParams(top_p=math.inf)), grpc.StatusCode.INVALID_ARGUMENT, "top_p"),
+        (request(sampling=pb.SamplingParams(top_k=-5)), grpc.StatusCode.INVALID_ARGUMENT, "top_k"),
+        (request(sampling=pb.SamplingParams(stop=["a"] * 5)), grpc.StatusCode.INVALID_ARGUMENT, "stop"),
+    ],
+)
+async def test_a_bad_grpc_request_is_refused_with_its_field(
+    workers: list[FakeWorker], served: Served, message: pb.GenerateRequest, code: grpc.StatusCode, field: str
+) -> None:
+    workers.append(FakeWorker("d0", script=answer))
+    await served.attach(*workers)
+    call = served.grpc.Generate(message)
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        async for _ in call:
+            pass
+    assert error.value.code() == code
+    status = await rpc_status.aio.from_call(call)  # type: ignore[attr-defined]
+    bad = BadRequest()
+    assert status.details[0].Unpack(bad)
+    assert bad.field_violations[0].field == field
+    assert not workers[0].received("generate")
