@@ -50,14 +50,22 @@ class TransferService(TransferServicer):
         self._store = StoreServer(context.host)
         self._packer = make_packer(context.device)
         self._launch_lock = threading.Lock()
+        self._stopping = False
         self._epochs = itertools.count(1)
         self._backend = "nccl" if context.device.type == "cuda" else "gloo"
 
+    def refuse_new(self) -> None:
+        """The worker stops: a prefill worker that connects again is turned away."""
+        self._stopping = True
+
     def close(self) -> None:
+        """After every epoch is destroyed."""
         self._store.close()
 
     async def Connect(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """A coroutine instead of a generator: gRPC then cancels it at once when the stream breaks."""
+        if self._stopping:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker stops")
         frames: PrefillFrames = aiter(request_iterator)
         hello = await self._read_hello(frames, context)
         differences = self._context.layout.differences(hello.layout)

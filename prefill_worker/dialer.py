@@ -125,6 +125,7 @@ class Dialer:
                 return await joining
         except BaseException:
             ready.cancel()
+            ready.add_done_callback(_retrieve)
             joining.cancel()
             joining.add_done_callback(_close_unused)
             raise
@@ -177,6 +178,12 @@ async def _read(call: Any) -> DecodeValue:
 async def _frames(call: Any) -> AsyncIterator[transfer_pb2.DecodeFrame]:
     while isinstance(frame := await call.read(), transfer_pb2.DecodeFrame):
         yield frame
+
+
+def _retrieve(ready: asyncio.Task[Any]) -> None:
+    """The try has failed for another reason already: asyncio need not warn of this one."""
+    if not ready.cancelled():
+        ready.exception()
 
 
 def _close_unused(joining: asyncio.Task[PairTransport]) -> None:

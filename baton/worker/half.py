@@ -97,7 +97,7 @@ class Half(AttemptOwner, Protocol):
     async def start(self) -> None: ...
 
     async def stop(self) -> None:
-        """End every task, stream and thread of this half. The engine still runs."""
+        """End every task, stream and thread of this half. The engine still runs; attempts may still be cancelled."""
         ...
 
 

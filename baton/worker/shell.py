@@ -115,7 +115,9 @@ class WorkerShell:
                 await half.start()
             await self._serve()
         except BaseException:
-            await self._stop_parts()
+            for half in self._halves:
+                await half.stop()
+            await self._stop_engine()
             raise
         logger.info("worker %s listens on %s, %s", self.worker_id, self.address, self._device)
 
@@ -137,8 +139,10 @@ class WorkerShell:
         self._stopping = True
         self._dispatcher.draining = True
         self._attach.end_all("the worker stops")
+        for half in self._halves:
+            await half.stop()
         await self._server.stop(grace=0.5)
-        await self._stop_parts()
+        await self._stop_engine()
         self._closed.set()
 
     async def wait_closed(self) -> None:
@@ -197,9 +201,7 @@ class WorkerShell:
         self.address = f"{self._host}:{port}"
         await self._server.start()
 
-    async def _stop_parts(self) -> None:
-        for half in self._halves:
-            await half.stop()
+    async def _stop_engine(self) -> None:
         await asyncio.to_thread(self._engine.stop)
         self._mailbox.close()
 

@@ -12,6 +12,7 @@ from protos import worker_pb2 as pb
 
 logger = logging.getLogger(__name__)
 STALLED_AFTER_S = 30.0
+MAX_FAILED_STEPS = 3
 
 
 def heartbeat(sequence: int, stats: EngineStats, timing: StepTime, halves: Iterable[Half]) -> pb.WorkerHeartbeat:
@@ -38,6 +39,8 @@ def health(stats: EngineStats, num_faults: int) -> tuple[bool, str]:
         return False, f"{num_faults} defects were caught; see the log"
     if not conserved(stats.blocks):
         return False, f"blocks are lost or counted twice: {stats.blocks}"
+    if stats.failed_steps_in_a_row >= MAX_FAILED_STEPS:
+        return False, f"the last {stats.failed_steps_in_a_row} steps failed"
     if stats.progress_age > STALLED_AFTER_S:
         return False, f"the engine has work and made no step for {stats.progress_age:.1f} s"
     return True, "idle" if stats.progress_age == 0.0 else "working"

@@ -23,6 +23,7 @@ SERVER_OPTIONS = (*STREAM_OPTIONS, ("grpc.so_reuseport", 0))
 CLIENT_OPTIONS = (
     *STREAM_OPTIONS,
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
