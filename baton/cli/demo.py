@@ -6,10 +6,10 @@ import asyncio
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -46,12 +46,15 @@ def demo() -> None:
 
 async def _demo(config: BatonConfig) -> None:
     console = Console()
-    async with serving_cluster(config, console.print) as cluster:
+    async with serving_cluster(config, console.print, show_worker_logs=False) as cluster:
         base_url = f"http://{config.server.host}:{cluster.router.http_port}"
         async with httpx.AsyncClient(base_url=base_url, timeout=60.0) as http:
             ids = [await _over_http(console, http, config, prompt) for prompt in _PROMPTS]
             ids += [await _over_grpc(console, cluster, prompt) for prompt in _PROMPTS]
-            console.print(_timeline_table([(await http.get(f"/v1/requests/{id}")).json() for id in ids]))
+            records = [(await http.get(f"/v1/requests/{request_id}")).json() for request_id in ids]
+            console.print(_timeline_table(records))
+            for record in records:
+                console.print(f"{record['id']}: {record['path']}, {record['reason']}", markup=False, highlight=False)
     console.print("stopped; no process is left")
 
 
@@ -99,10 +102,26 @@ def _print_text(console: Console, text: str) -> None:
     console.print("".join(c if c.isprintable() else "·" for c in text), end="", markup=False, highlight=False)
 
 
-def _timeline_table(records: list[dict[str, object]]) -> Table:
-    """One row per request: when each stage ended, in milliseconds since the router received it, and why its path."""
-    raise NotImplementedError
-
-
-if __name__ == "__main__":
-    typer.run(demo)
+def _timeline_table(records: list[dict[str, Any]]) -> Table:
+    """One row per request, in milliseconds: the parts of the time to the first token, then what followed."""
+    table = Table(
+        title="Where the time went, in ms",
+        caption="queued + reserve + prefill + delivery = first token; transfer overlaps",
+        padding=0,
+    )
+    for name in ("path", "queued", "reserve", "prefill", "delivery", "first", "transfer", "second", "last"):
+        table.add_column(name, justify="left" if name == "path" else "right", no_wrap=True)
+    for record in records:
+        parts = record["ttft_parts_us"]
+        spans = (
+            parts["queued"] + parts["retries"],
+            parts["reserve"],
+            parts["prefill_queue"] + parts["prefill_compute"],
+            parts["delivery"],
+            record["ttft_us"],
+            record["transfer_us"],
+            record["second_token_us"],
+            record["last_token_us"],
+        )
+        table.add_row(record["path"], *("-" if span is None else f"{span / 1000:.1f}" for span in spans))
+    return table

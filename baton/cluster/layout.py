@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Literal
 
 from baton.common.config import BatonConfig
 from baton.common.errors import ConfigError
 
 Role = Literal["prefill", "decode"]
+PREFILL: Role = "prefill"
+DECODE: Role = "decode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class ClusterLayout:
 
     def roles(self) -> list[Role]:
         """One entry per worker. Decode first: a cluster without prefill workers serves, the reverse does not."""
-        return ["decode"] * self.num_decode + ["prefill"] * self.num_prefill
+        return [*repeat(DECODE, self.num_decode), *repeat(PREFILL, self.num_prefill)]
 
     def describe(self) -> str:
         kind = "colocated" if self.num_prefill == 0 else "disaggregated"

@@ -18,9 +18,10 @@ _OBJECT_STORE_BYTES = 80 * 1024 * 1024
 
 
 @contextlib.contextmanager
-def ray_session(config: BatonConfig) -> Iterator[None]:
+def ray_session(config: BatonConfig, show_worker_logs: bool) -> Iterator[None]:
     """Ray is up inside the block. Raises BatonError when `cluster.ray_address` cannot be reached.
 
+    `show_worker_logs`: what workers log appears on this process's stderr as well as in Ray's log files.
     A cluster of our own always gets `address="local"`: a plain init would attach to whatever another program left.
     """
     if config.cluster.ray_address is None:
@@ -31,10 +32,11 @@ def ray_session(config: BatonConfig) -> Iterator[None]:
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
+            log_to_driver=show_worker_logs,
         )
     else:
         try:
-            ray.init(address=config.cluster.ray_address, logging_level=logging.ERROR)
+            ray.init(address=config.cluster.ray_address, logging_level=logging.ERROR, log_to_driver=show_worker_logs)
         except (ConnectionError, TimeoutError) as error:
             raise BatonError(f"cannot reach the Ray cluster at {config.cluster.ray_address}: {error}") from error
     try:

@@ -32,7 +32,7 @@ class ServingCluster:
 
 @contextlib.asynccontextmanager
 async def serving_cluster(
-    config: BatonConfig, announce: Callable[[str], None] = log.info
+    config: BatonConfig, announce: Callable[[str], None] = log.info, *, show_worker_logs: bool = True
 ) -> AsyncIterator[ServingCluster]:
     """Start router and workers; inside the block the cluster serves. On leaving, requests drain and all is stopped.
 
@@ -45,7 +45,7 @@ async def serving_cluster(
         await router.start()
         stack.push_async_callback(router.stop)
         announce(f"router on http://{config.server.host}:{router.http_port}, grpc {router.grpc_port}; starting Ray")
-        ray_context = ray_session(config)
+        ray_context = ray_session(config, show_worker_logs)
         await asyncio.to_thread(ray_context.__enter__)
         stack.push_async_callback(asyncio.to_thread, ray_context.__exit__, None, None, None)
         layout = choose_layout(config, count_gpus())
@@ -70,13 +70,13 @@ def _members(addresses: list[WorkerAddress]) -> list[Member]:
     return [Member(address=worker.address, role=worker.role) for worker in addresses]
 
 
-async def _until_ready(router: Router, layout: ClusterLayout, timeout: float) -> None:
+async def _until_ready(router: Router, layout: ClusterLayout, timeout_s: float) -> None:
     try:
-        await asyncio.wait_for(router.registry.wait_for(layout.num_prefill, layout.num_decode), timeout)
+        await asyncio.wait_for(router.registry.wait_for(layout.num_prefill, layout.num_decode), timeout_s)
     except TimeoutError:
-        raise BatonError(f"the workers did not attach to the router within {timeout:.0f} s") from None
+        raise BatonError(f"the workers did not attach to the router within {timeout_s:.0f} s") from None
 
 
-async def _drain(router: Router, supervisor: Supervisor, timeout: float) -> None:
-    await router.drain(timeout)
+async def _drain(router: Router, supervisor: Supervisor, timeout_s: float) -> None:
+    await router.drain(timeout_s)
     await supervisor.drain()

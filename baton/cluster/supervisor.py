@@ -53,7 +53,7 @@ class Supervisor:
         self._layout = layout
         self._on_members = on_members
         self._group: PlacementGroup | None = None
-        self._actors: dict[str, ActorHandle] = {}
+        self._actors: dict[str, ActorHandle[Any]] = {}
         self._members: dict[str, WorkerAddress] = {}
         self._watchers: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -92,6 +92,7 @@ class Supervisor:
     async def stop(self) -> None:
         """End all workers and give their resources back. Idempotent."""
         self._stopping = True
+        self._on_members([])
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
@@ -113,7 +114,7 @@ class Supervisor:
             raise BatonError("the workers are not placed: start the supervisor first")
         return self._group
 
-    def actor(self, name: str) -> ActorHandle:
+    def actor(self, name: str) -> ActorHandle[Any]:
         """The actor of a worker, by the name in WorkerAddress. Raises KeyError."""
         return self._actors[name]
 
@@ -122,22 +123,20 @@ class Supervisor:
         gpus = {"GPU": 1.0} if self._layout.device == "cuda" else {}
         return {"CPU": 1.0, **gpus, **extra}
 
-    def _create(self, role: Role, bundle: int) -> ActorHandle:
+    def _create(self, role: Role, bundle: int) -> ActorHandle[Any]:
         resources = dict(self._bundle(role))
-        return (
-            ray.remote(_ACTOR_CLASSES[role])
-            .options(
-                num_cpus=resources.pop("CPU"),
-                num_gpus=resources.pop("GPU", 0),
-                resources=resources,
-                max_restarts=-1,
-                max_task_retries=0,
-                max_concurrency=64,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
-                runtime_env={"env_vars": nccl_environment()},
-            )
-            .remote()
+        placed: Any = ray.remote(_ACTOR_CLASSES[role]).options(
+            num_cpus=resources.pop("CPU"),
+            num_gpus=resources.pop("GPU", 0),
+            resources=resources,
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=64,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement_group, bundle),
+            runtime_env={"env_vars": nccl_environment()},
         )
+        actor: ActorHandle[Any] = placed.remote()
+        return actor
 
     async def _start_worker(self, name: str, role: Role) -> None:
         reply = await asyncio.wait_for(

@@ -47,19 +47,19 @@ def mixed_jobs(count: int, seed: int, vocab_size: int = 256, max_prompt: int = 2
         prompt = tuple(rng.randrange(vocab_size) for _ in range(length))
         if index % 5 == 0:
             prompt = shared + prompt[: max_prompt // 2]
-        transport: Literal["http", "http-stream", "grpc"] = ("http", "http-stream", "grpc")[index % 3]  # type: ignore[assignment]
+        transport: Literal["http", "http-stream", "grpc"] = ("http", "http-stream", "grpc")[index % 3]
         temperature = 0.9 if index % 4 == 3 else 0.0
         jobs.append(Job(transport, prompt, rng.randint(1, max_tokens), temperature, rng.randrange(2**32)))
     return jobs
 
 
 async def run_jobs(
-    url: str, grpc_target: str, model: str, jobs: Sequence[Job], concurrency: int, timeout: float = 120.0
+    url: str, grpc_target: str, model: str, jobs: Sequence[Job], concurrency: int, timeout_s: float = 120.0
 ) -> list[Answer]:
     """Answers in the order of the jobs. Any failed request raises."""
     gate = asyncio.Semaphore(concurrency)
     async with (
-        httpx.AsyncClient(base_url=url, timeout=timeout, limits=httpx.Limits(max_connections=concurrency)) as http,
+        httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=httpx.Limits(max_connections=concurrency)) as http,
         grpc.aio.insecure_channel(grpc_target) as channel,
     ):
         stub = inference_pb2_grpc.InferenceStub(channel)
@@ -67,7 +67,7 @@ async def run_jobs(
         async def one(job: Job) -> Answer:
             async with gate:
                 if job.transport == "grpc":
-                    return await _over_grpc(stub, model, job, timeout)
+                    return await _over_grpc(stub, model, job, timeout_s)
                 if job.transport == "http":
                     return await _over_http(http, model, job)
                 return await _over_http_stream(http, model, job)
@@ -124,7 +124,7 @@ async def _over_http_stream(http: httpx.AsyncClient, model: str, job: Job) -> An
     return Answer(tuple(token_ids), finish_reason, usage["prompt_tokens"], usage["completion_tokens"], path)
 
 
-async def _over_grpc(stub: inference_pb2_grpc.InferenceAsyncStub, model: str, job: Job, timeout: float) -> Answer:
+async def _over_grpc(stub: inference_pb2_grpc.InferenceAsyncStub, model: str, job: Job, timeout_s: float) -> Answer:
     request = inference_pb2.GenerateRequest(
         model=model,
         token_ids=inference_pb2.TokenIds(ids=job.prompt),
@@ -135,7 +135,7 @@ async def _over_grpc(stub: inference_pb2_grpc.InferenceAsyncStub, model: str, jo
     )
     token_ids: list[int] = []
     last = inference_pb2.GenerateResponse()
-    async for response in stub.Generate(request, timeout=timeout):
+    async for response in stub.Generate(request, timeout=timeout_s):
         token_ids += response.token_ids
         last = response
     return Answer(

@@ -29,7 +29,7 @@ def test_hand_over_over_nccl(tmp_path: Path, dtype: str) -> None:
     arguments = ("--prefill", "1", "--decode", "1", "--device", "cuda", "--dtype", dtype, "--policy", "remote")
     with serve(model, *arguments) as server:
         answers = asyncio.run(run_jobs(server.url, server.grpc_target, "tiny", jobs, concurrency=32))
-        asyncio.run(wait_at_rest(server.url, num_workers=2, timeout=5.0))
+        asyncio.run(wait_at_rest(server.url, num_workers=2, timeout_s=5.0))
         assert sum(answer.path == "remote" for answer in answers) > 150
         if dtype == "float32":
             oracle = GreedyOracle.load(model)

@@ -34,7 +34,7 @@ def test_mixed_load_equals_transformers_and_leaves_nothing(tmp_path: Path) -> No
     jobs = mixed_jobs(200, seed=1)
     with serve(model, "--prefill", "2", "--decode", "2", "--device", "cpu", "--policy", "remote") as server:
         answers = asyncio.run(run_jobs(server.url, server.grpc_target, "tiny", jobs, concurrency=32))
-        asyncio.run(wait_at_rest(server.url, num_workers=4, timeout=5.0))
+        asyncio.run(wait_at_rest(server.url, num_workers=4, timeout_s=5.0))
         _check(jobs, answers, model)
         assert sum(answer.path == "remote" for answer in answers) > 150, "the hand-over was hardly used"
 

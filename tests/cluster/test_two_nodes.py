@@ -63,4 +63,4 @@ async def test_hand_over_between_nodes(two_nodes: Cluster, tmp_path: Path) -> No
             if job.temperature == 0:
                 oracle.check(list(job.prompt), list(answer.token_ids))
         assert sum(answer.path == "remote" for answer in answers) > 36
-        await wait_at_rest(url, num_workers=4, timeout=5.0)
+        await wait_at_rest(url, num_workers=4, timeout_s=5.0)

@@ -43,12 +43,13 @@ class ServeProcess:
 
     def listening(self) -> set[tuple[str, int]]:
         """(address, port) of every socket on which a process of this run listens."""
-        return {
-            (connection.laddr.ip, connection.laddr.port)
-            for process in self.processes()
-            for connection in _connections(process)
-            if connection.status == psutil.CONN_LISTEN
-        }
+        found = set()
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for connection in process.net_connections(kind="tcp"):
+                    if connection.status == psutil.CONN_LISTEN:
+                        found.add((connection.laddr.ip, connection.laddr.port))
+        return found
 
     def interrupt(self, timeout: float = 60.0) -> int:
         """Ctrl-C; returns the exit code. Raises subprocess.TimeoutExpired."""
@@ -61,7 +62,7 @@ class ServeProcess:
 
 @contextlib.contextmanager
 def serve(model: Path, *arguments: str, timeout: float = 180.0) -> Iterator[ServeProcess]:
-    """Start `baton serve` on ports of its own choice and wait until it says that it serves; kill what is left at the end."""
+    """Start `baton serve` on free ports and wait until it says that it serves; kill what is left at the end."""
     run_id = uuid.uuid4().hex
     command = [sys.executable, "-m", "baton", "serve", str(model), "--port", "0", "--grpc-port", "0", *arguments]
     process = subprocess.Popen(
@@ -107,8 +108,3 @@ def _belongs_to(process: psutil.Process, run_id: str) -> bool:
         return False
 
 
-def _connections(process: psutil.Process) -> list[psutil._common.pconn]:
-    try:
-        return process.net_connections(kind="tcp")
-    except psutil.NoSuchProcess:
-        return []
