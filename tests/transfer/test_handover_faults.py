@@ -1,14 +1,11 @@
-"""A prefill worker that dies or stands still amid a transfer, as decode and router see it. It has its own process."""
+"""A worker that dies or stands still amid a transfer, as its peer and the router see it. It has its own process."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,11 @@ from baton.worker.shell import WorkerShell
 from protos import worker_pb2 as pb
 from tests.support.tiny_model import make_tiny_llama
 from tests.support.worker_client import WorkerClient
-from tests.transfer.handover_cluster import Unpacks, config, prompt, spec, worker
+from tests.transfer.handover_cluster import Key, Unpacks, config, prompt, spec, worker
+from tests.transfer.worker_process import RemoteWorker, worker_process
 
-START_S = 60.0
+pytestmark = pytest.mark.slow
+LONG, SHORT = spec(prompt(200)), spec(prompt(50, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -29,113 +28,122 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("model"))
 
 
-@dataclass
-class RemotePrefill:
-    """A prefill worker in a child process, and the router's stream to it."""
-
-    pid: int
-    worker_id: str
-    client: WorkerClient
-
-    async def connect(self, decode: WorkerShell) -> None:
-        await self.client.send(connect_peer=pb.ConnectPeer(worker_id=decode.worker_id, address=decode.address))
-        history = self.client.peer_history
-        await self.client.until(lambda: (decode.worker_id, "connected") in history, "the connection")
-
-    async def begin(self, request_id: str, request: pb.RequestSpec, decode: WorkerShell, client: WorkerClient) -> None:
-        key = await client.open(request_id, request, self.worker_id)
-        await client.until(lambda: key in client.reserved, "the reservation")
-        await self.client.prefill(request_id, request, decode.worker_id, client.reserved[key])
+@pytest.fixture
+async def decode(model: Path) -> AsyncIterator[WorkerShell]:
+    async with worker(config(model), "decode") as shell:
+        yield shell
 
 
-@asynccontextmanager
-async def prefill_process(model: Path) -> AsyncIterator[RemotePrefill]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "tests.transfer.prefill_process",
-        str(model),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    try:
-        line = await asyncio.wait_for(process.stdout.readline(), START_S)
-        worker_id, address = line.decode().split()
-        async with WorkerClient(address) as client:
-            await client.attached()
-            yield RemotePrefill(process.pid, worker_id, client)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+@pytest.fixture
+async def to_decode(decode: WorkerShell) -> AsyncIterator[WorkerClient]:
+    async with WorkerClient(decode.address) as client:
+        yield client
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-async def test_decode_frees_what_a_lost_prefill_worker_held(model: Path, fault: signal.Signals) -> None:
-    async with AsyncExitStack() as stack:
-        decode = await stack.enter_async_context(worker(config(model), "decode"))
-        to_decode = await stack.enter_async_context(WorkerClient(decode.address))
-        first = await stack.enter_async_context(prefill_process(model))
-        await first.connect(decode)
+async def connect(prefill: WorkerClient, decode_id: str, address: str) -> None:
+    await prefill.send(connect_peer=pb.ConnectPeer(worker_id=decode_id, address=address))
+    await prefill.until(lambda: (decode_id, "connected") in prefill.peer_history, "the connection")
+
+
+async def reserve(to_decode: WorkerClient, name: str, request: pb.RequestSpec, prefill_id: str) -> pb.Reserved:
+    key = await to_decode.open(name, request, prefill_id)
+    await to_decode.until(lambda: key in to_decode.reserved, "the reservation")
+    return to_decode.reserved[key]
+
+
+async def begin(name: str, prefill: RemoteWorker, decode: WorkerShell, to_decode: WorkerClient) -> Key:
+    """Start handing over the long request."""
+    await connect(prefill.client, decode.worker_id, decode.address)
+    reserved = await reserve(to_decode, name, LONG, prefill.worker_id)
+    return await prefill.client.prefill(name, LONG, decode.worker_id, reserved)
+
+
+async def lost(client: WorkerClient, *keys: Key) -> None:
+    await client.until(lambda: set(keys) <= client.failed.keys(), "word of the loss")
+    assert {client.failed[key].code for key in keys} == {"peer_lost"}
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fault: fault.name)
+async def test_decode_frees_what_a_lost_prefill_worker_held(
+    model: Path, decode: WorkerShell, to_decode: WorkerClient, fault: signal.Signals
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with worker_process("prefill", model) as prefill:
         unpacks = Unpacks(decode)
         unpacks.hold_from(2)
-        await first.begin("a", spec(prompt(200)), decode, to_decode)
-        await to_decode.open("b", spec(prompt(50, seed=1)), first.worker_id)
+        key = await begin("a", prefill, decode, to_decode)
+        await reserve(to_decode, "b", SHORT, prefill.worker_id)
         await asyncio.wait_for(unpacks.held.wait(), 20)
-        os.kill(first.pid, fault)
-        loop = asyncio.get_running_loop()
         lost_at = loop.time()
-        await to_decode.until(lambda: len(to_decode.failed) == 2, "word of the loss")
-        assert {failed.code for failed in to_decode.failed.values()} == {"peer_lost"}
-        print(f"{fault.name}: decode noticed after {loop.time() - lost_at:.2f} s")
+        os.kill(prefill.pid, fault)
+        await lost(to_decode, key, ("b", 1))
+        noticed_s = loop.time() - lost_at
         unpacks.drop()
         await to_decode.at_rest()
-        print(f"{fault.name}: decode was at rest after {loop.time() - lost_at:.2f} s")
+        print(f"{fault.name}: noticed after {noticed_s:.2f} s, at rest after {loop.time() - lost_at:.2f} s")
+        assert noticed_s < 4.0
         assert loop.time() - lost_at < 10.0
-        assert ("a", 1) not in to_decode.tokens
-        assert len(await to_decode.finished(await to_decode.generate("local", spec(prompt(20))))) == 8
-        if fault is signal.SIGKILL:
-            await another_prefill_worker_serves(model, decode, to_decode)
+    assert key not in to_decode.tokens
+    assert len(await to_decode.finished(await to_decode.generate("local", SHORT))) == 8
 
 
-async def another_prefill_worker_serves(model: Path, decode: WorkerShell, to_decode: WorkerClient) -> None:
-    async with prefill_process(model) as second:
-        await second.connect(decode)
-        await second.begin("again", spec(prompt(200)), decode, to_decode)
-        rest = await to_decode.finished(("again", 1))
-        await second.client.until(lambda: ("again", 1) in second.client.tokens, "the first token")
-        [first_token] = second.client.in_order(("again", 1))
-        local = await to_decode.finished(await to_decode.generate("reference", spec(prompt(200))))
-        assert [first_token, *rest] == local
-        await to_decode.at_rest()
-
-
-@pytest.mark.slow
-async def test_a_prefill_worker_that_comes_back_says_nothing_wrong(model: Path) -> None:
-    """Stopped beyond every deadline and resumed: its streams are gone, and nothing of it reaches a router."""
-    async with AsyncExitStack() as stack:
-        decode = await stack.enter_async_context(worker(config(model), "decode"))
-        to_decode = await stack.enter_async_context(WorkerClient(decode.address))
-        first = await stack.enter_async_context(prefill_process(model))
-        await first.connect(decode)
+async def test_a_restarted_prefill_worker_takes_over(model: Path, decode: WorkerShell, to_decode: WorkerClient) -> None:
+    async with worker_process("prefill", model) as first:
         unpacks = Unpacks(decode)
         unpacks.hold_from(2)
-        await first.begin("a", spec(prompt(200)), decode, to_decode)
+        key = await begin("a", first, decode, to_decode)
         await asyncio.wait_for(unpacks.held.wait(), 20)
-        os.kill(first.pid, signal.SIGSTOP)
-        await to_decode.until(lambda: ("a", 1) in to_decode.failed, "word of the loss")
+        os.kill(first.pid, signal.SIGKILL)
+        await lost(to_decode, key)
+        unpacks.drop()
+    async with worker_process("prefill", model) as second:
+        again = await begin("again", second, decode, to_decode)
+        rest = await to_decode.finished(again)
+        await second.client.until(lambda: again in second.client.tokens, "the first token")
+        local = await to_decode.finished(await to_decode.generate("reference", LONG))
+        assert second.client.in_order(again) + rest == local
+        await to_decode.at_rest()
+        await second.client.at_rest()
+
+
+async def test_a_prefill_worker_that_comes_back_says_nothing_wrong(
+    model: Path, decode: WorkerShell, to_decode: WorkerClient
+) -> None:
+    """Stopped beyond every deadline and resumed: nothing of it is admitted, and it frees all by itself."""
+    async with worker_process("prefill", model) as prefill:
+        unpacks = Unpacks(decode)
+        unpacks.hold_from(2)
+        key = await begin("a", prefill, decode, to_decode)
+        await asyncio.wait_for(unpacks.held.wait(), 20)
+        os.kill(prefill.pid, signal.SIGSTOP)
+        await lost(to_decode, key)
         unpacks.drop()
         await to_decode.at_rest()
-        os.kill(first.pid, signal.SIGCONT)
-        await first.client.until(
-            lambda: (
-                first.client.peer_history.count((decode.worker_id, "connected")) == 2 or first.client.ended is not None
-            ),
-            "the return",
-        )
-        async with WorkerClient(first.client._address, "router-2") as client:
-            await client.at_rest()
-        assert ("a", 1) not in to_decode.tokens
+        os.kill(prefill.pid, signal.SIGCONT)
+        async with WorkerClient(prefill.address, "another router") as other:
+            await other.at_rest()
+            await connect(other, decode.worker_id, decode.address)
+        assert key not in to_decode.tokens
         await to_decode.at_rest()
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fault: fault.name)
+async def test_prefill_frees_what_it_held_for_a_lost_decode_worker(model: Path, fault: signal.Signals) -> None:
+    loop = asyncio.get_running_loop()
+    async with (
+        worker(config(model), "prefill") as prefill,
+        WorkerClient(prefill.address) as to_prefill,
+        worker_process("decode", model) as decode,
+    ):
+        await connect(to_prefill, decode.worker_id, decode.address)
+        reserved = await reserve(decode.client, "a", LONG, prefill.worker_id)
+        os.kill(decode.pid, signal.SIGSTOP)
+        key = await to_prefill.prefill("a", LONG, decode.worker_id, reserved)
+        await to_prefill.until(lambda: key in to_prefill.tokens, "the first token")
+        lost_at = loop.time()
+        os.kill(decode.pid, fault)
+        await lost(to_prefill, key)
+        await to_prefill.at_rest()
+        print(f"{fault.name}: at rest after {loop.time() - lost_at:.2f} s")
+        assert loop.time() - lost_at < 10.0
+        assert len(await to_prefill.finished(await to_prefill.generate("local", SHORT))) == 8
