@@ -20,6 +20,7 @@ from baton.engine.pool_size import checked_num_blocks, cpu_num_blocks, measured_
 from baton.engine.ports import Ports
 from baton.engine.runner import Runner
 from baton.engine.schedulers.chunked import ChunkedScheduler
+from baton.engine.warm_up import warm_up
 
 
 def build_engine(
@@ -105,4 +106,7 @@ def _runner(
             f"a KV cache of {num_blocks} blocks ({size:.0f} MiB) does not fit into the memory of {device}: {error}"
         )
         raise ConfigError("engine.num_blocks", message) from None
-    return Runner(model, kv_cache, layout, backend)
+    runner = Runner(model, kv_cache, layout, backend)
+    if device.type == "cuda":
+        warm_up(runner, config.max_num_seqs)
+    return runner

@@ -13,6 +13,7 @@ from baton.common.errors import ConfigError
 from baton.engine.build import build_engine, resolve_dtype
 from baton.engine.loop import Engine
 from baton.engine.pool_size import CPU_CACHE_BYTES
+from baton.engine.warm_up import decode_sizes, warm_up
 from tests.support.engine_harness import RecordingPorts, greedy, make_harness, random_prompt
 from tests.support.tiny_model import make_tiny_llama
 
@@ -82,3 +83,11 @@ def test_random_weights_need_no_checkpoint(tmp_path: Path, model_dir: Path) -> N
     engine = build(tmp_path, random_weights=True)
     assert engine.layout.model_hash == build(tmp_path, random_weights=True).layout.model_hash
     assert engine.layout.model_hash != build(model_dir).layout.model_hash
+
+
+def test_warming_up_leaves_no_trace(model_dir: Path) -> None:
+    """The same on a CPU, where nothing has to be compiled: it runs, and the cache is as before."""
+    harness = make_harness(model_dir)
+    warm_up(harness.engine._runner, 5)
+    assert not harness.engine.kv_cache.any()
+    assert [decode_sizes(n) for n in (1, 2, 5, 8)] == [[1], [1, 2], [1, 2, 4, 5], [1, 2, 4, 8]]

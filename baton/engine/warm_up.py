@@ -1,0 +1,51 @@
+"""Running every shape of step once before the first request, so that none waits for a kernel to be compiled.
+
+Kernels are compiled per power of two of the decode batch. Called by the builder on a GPU; writes nothing to the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+
+from baton.engine.batch import Batch
+from baton.engine.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+PROMPT_TOKENS = 16
+
+
+def warm_up(runner: Runner, max_num_seqs: int) -> None:
+    """Run a prefill and decode batches of 1, 2, 4, … up to `max_num_seqs` sequences."""
+    started = time.monotonic()
+    for num_decodes in decode_sizes(max_num_seqs):
+        runner.profile(harmless_batch(num_decodes, num_prefills=0))
+    runner.profile(harmless_batch(1, num_prefills=1))
+    logger.info("kernels ready after %.1f s", time.monotonic() - started)
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Powers of two below `max_num_seqs`, and `max_num_seqs`."""
+    return [*(1 << exponent for exponent in range((max_num_seqs - 1).bit_length())), max_num_seqs]
+
+
+def harmless_batch(num_decodes: int, num_prefills: int) -> Batch:
+    """Sequences at their first positions whose tokens are not stored and whose context is whatever block 0 holds."""
+    lens = np.array([1] * num_decodes + [PROMPT_TOKENS] * num_prefills, dtype=np.int32)
+    num_tokens = int(lens.sum())
+    return Batch(
+        input_ids=np.zeros(num_tokens, dtype=np.int64),
+        positions=np.concatenate([np.arange(n, dtype=np.int64) for n in lens]),
+        slot_mapping=np.full(num_tokens, -1, dtype=np.int64),
+        cu_seqlens_q=np.concatenate(([0], np.cumsum(lens))).astype(np.int32),
+        context_lens=lens,
+        block_tables=np.zeros((len(lens), 1), dtype=np.int32),
+        sample_rows=np.arange(num_decodes, dtype=np.int64),
+        max_seqlen_q=PROMPT_TOKENS if num_prefills else 1,
+        num_decodes=num_decodes,
+        num_prefills=num_prefills,
+        num_prefill_tokens=num_tokens - num_decodes,
+    )
