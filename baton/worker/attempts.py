@@ -96,11 +96,10 @@ class Attempts:
                 self.note(attempt, event.name, event.at)
 
     def flush(self, attempt: Attempt) -> None:
-        """Send the events noted so far."""
+        """Send the events noted so far, in the order in which they happened."""
         if attempt.unsent_events:
-            attempt.session.send(
-                pb.WorkerFrame(events=pb.AttemptEvents(key=attempt.name, events=attempt.unsent_events))
-            )
+            in_order = sorted(attempt.unsent_events, key=lambda event: event.at_s)
+            attempt.session.send(pb.WorkerFrame(events=pb.AttemptEvents(key=attempt.name, events=in_order)))
             attempt.unsent_events = []
 
     def emit(self, outputs: Iterable[TokenOutput]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -108,8 +109,24 @@ async def test_both_ends_report_their_part_of_the_timeline(connected: Cluster) -
     assert at_prefill[0] == at_decode[0] == "accepted"
     wanted = {"prefill_start", "transfer_start", "prefill_end", "first_token", "transfer_end", "committed"}
     assert wanted <= set(at_prefill)
+    assert at_prefill.index("queued") < at_prefill.index("transfer_start") < at_prefill.index("committed")
     order = [name for name in at_decode if name in {"reserved", "transfer_start", "committed", "admitted", "finished"}]
     assert order == ["reserved", "transfer_start", "committed", "admitted", "finished"]
+
+
+async def test_nothing_is_left_after_the_workers_have_stopped(model: Path) -> None:
+    threads, tasks = set(threading.enumerate()), asyncio.all_tasks()
+    async with cluster(config(model)) as workers:
+        await workers.connect()
+        unpacks = Unpacks(workers.decode)
+        unpacks.hold_from(2)
+        await workers.begin("amid a transfer", spec(prompt(200)))
+        await asyncio.wait_for(unpacks.held.wait(), 20)
+        await workers.to_decode.generate("running", spec(prompt(20), 400))
+    ours = ("engine", "kv ", "join ", "store ", "close ", "bounded ")
+    left = [thread for thread in set(threading.enumerate()) - threads if thread.name.startswith(ours)]
+    assert not left
+    assert asyncio.all_tasks() == tasks
 
 
 # ---- what ends early
