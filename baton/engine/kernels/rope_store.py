@@ -14,7 +14,8 @@ _HEADS_PER_PROGRAM = 16
 def _rotated(low_ptrs, high_ptrs, cos, sin, mask):
     low = tl.load(low_ptrs, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(high_ptrs, mask=mask, other=0.0).to(tl.float32)
-    return low * cos - high * sin, high * cos + low * sin
+    dtype = low_ptrs.dtype.element_ty
+    return (low * cos - high * sin).to(dtype), (high * cos + low * sin).to(dtype)
 
 
 @triton.jit
@@ -53,15 +54,13 @@ def rope_store_kernel(
         mask = (head < NUM_HEADS)[:, None] & (d < HALF)[None, :]
         q_low = q_ptr + token * stride_q_token + (head * stride_q_head)[:, None] + d[None, :]
         low, high = _rotated(q_low, q_low + HALF, cos, sin, mask)
-        tl.store(q_low, low.to(q_ptr.dtype.element_ty), mask=mask)
-        tl.store(q_low + HALF, high.to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(q_low, low, mask=mask)
+        tl.store(q_low + HALF, high, mask=mask)
     else:
         head = (tile - Q_TILES) * BLOCK_H + h
         mask = (head < NUM_KV_HEADS)[:, None] & (d < HALF)[None, :]
         k_low = k_ptr + token * stride_k_token + (head * stride_k_head)[:, None] + d[None, :]
         low, high = _rotated(k_low, k_low + HALF, cos, sin, mask)
-        low = low.to(k_ptr.dtype.element_ty)
-        high = high.to(k_ptr.dtype.element_ty)
         tl.store(k_low, low, mask=mask)
         tl.store(k_low + HALF, high, mask=mask)
         slot = tl.load(slot_mapping_ptr + token)

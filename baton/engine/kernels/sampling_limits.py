@@ -1,8 +1,8 @@
 """What top-k and top-p leave of a row, without sorting it.
 
 Tokens are ranked by (max - logit) / temperature, a float32 that is never negative, so its bits keep its order: a
-bisection over them finds the limit that as many tokens, or as much probability, lie within. Of the tokens exactly at the
-limit the lower ids stay.
+bisection over them finds the limit that as many tokens, or as much probability, lie within. Of the tokens exactly at
+the limit the lower ids stay.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
