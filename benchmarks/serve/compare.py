@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -58,7 +59,9 @@ def print_comparison(console: Console, first: Path, second: Path) -> None:
     one, two = load_result(first), load_result(second)
     for reason in differences(one, two):
         console.print(f"CAUTION {reason}", style="yellow", highlight=False, markup=False)
-    table = Table(title="ratio is second / first; medians over runs", title_justify="left")
+    table = Table(
+        title="ratio is second / first; medians over runs", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("measure")
     for name in (one["label"] or first.stem, two["label"] or second.stem, "ratio"):
         table.add_column(name, justify="right")

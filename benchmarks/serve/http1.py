@@ -25,7 +25,7 @@ class ResponseReader:
         self._buffer = bytearray()
         self._chunked = False
         self._remaining: int | None = None
-        """Body bytes still to come of this chunk (with its line end) or of Content-Length; None: unknown or no chunk."""
+        """Body bytes to come: of this chunk, with its line end, or of Content-Length. None: unknown, or no chunk."""
         self._in_trailer = False
 
     def feed(self, data: bytes) -> bytes:

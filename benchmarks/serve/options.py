@@ -14,6 +14,7 @@ from benchmarks.serve.session import BenchSettings, SearchSettings
 from benchmarks.serve.workload import PRESETS, Preset, WorkloadSettings
 
 _FIRST_ORDINARY_TOKEN = 10
+_NO_PRESET = Preset(None, None, None, 0)
 Number = TypeVar("Number", int, float)
 
 
@@ -32,18 +33,17 @@ def workload_settings(
     """A preset's values, overridden by the other flags; or a trace."""
     if trace is not None and (name or input_len or output_len):
         raise ConfigError("--trace", "has its own lengths: leave out --workload, --input-len and --output-len")
-    preset = None if name is None else _preset(name)
-    inputs = parse_lengths(input_len, "--input-len") if input_len else preset and preset.input_lengths
-    outputs = parse_lengths(output_len, "--output-len") if output_len else preset and preset.output_lengths
+    preset = _NO_PRESET if name is None else _preset(name)
+    changed = input_len is not None or output_len is not None
     return WorkloadSettings(
-        name=trace.name if trace is not None else name or "lengths",
-        count=count or (preset and preset.count),
-        input_lengths=inputs,
-        output_lengths=outputs,
+        name=trace.name if trace is not None else "lengths" if changed or name is None else name,
+        count=count if count is not None else preset.count,
+        input_lengths=parse_lengths(input_len, "--input-len") if input_len else preset.input_lengths,
+        output_lengths=parse_lengths(output_len, "--output-len") if output_len else preset.output_lengths,
         trace=trace,
         time_scale=time_scale,
         max_total_tokens=max_total_tokens,
-        seed=seed if seed is not None else preset.seed if preset is not None else 0,
+        seed=seed if seed is not None else preset.seed,
         token_low=token_ids[0],
         token_high=token_ids[1],
     )

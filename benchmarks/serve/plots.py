@@ -39,6 +39,8 @@ def _cdf_figure(samples: dict[str, Samples], title: str) -> Figure:
         axes = figure.add_subplot(1, len(samples), position)
         ordered = np.sort(values) * 1000.0
         axes.plot(ordered, np.arange(1, len(ordered) + 1) / max(len(ordered), 1))
+        if len(ordered):  # The last thousandth would squeeze the rest into the axis.
+            axes.set_xlim(0.0, float(np.percentile(ordered, 99.9)) * 1.05 + 1e-9)
         _label(axes, f"{name}, ms", "share of tokens" if name == "ITL" else "share of requests")
     return figure
 
@@ -59,6 +61,8 @@ def _timeline_figure(run: Run, title: str) -> Figure:
     if failed:
         ttft_axes.plot(failed, [0.0] * len(failed), "x", color="red", label="failed")
         ttft_axes.legend()
+    for axes in (rate_axes, running_axes, ttft_axes):
+        axes.set_xlim(0.0, edges[-1])
     _label(ttft_axes, "sent, s after the start", "TTFT, ms")
     return figure
 

@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,7 @@ FORMAT = "baton.bench.serve/1"
 _SAMPLE_FAILURES = 5
 _LATENCIES = {
     "ttft": "TTFT",
-    "second_token": "first to second token",
+    "second_token": "first to second",
     "tpot": "TPOT (per request)",
     "itl": "ITL (per token)",
     "e2e": "end to end",
@@ -138,7 +139,7 @@ def _print_failures(console: Console, result: BenchResult) -> None:
 
 
 def _rates_table(summary: dict[str, dict[str, float] | None], runs: int) -> Table:
-    table = Table(title=f"{result_title(summary)}{_of_runs(runs)}", title_justify="left")
+    table = _table(f"{result_title(summary)}{_of_runs(runs)}")
     table.add_column("measure")
     table.add_column("value", justify="right")
     rows = {
@@ -169,15 +170,23 @@ def result_title(summary: dict[str, dict[str, float] | None]) -> str:
 
 
 def _latency_table(title: str, summary: dict[str, dict[str, float] | None]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table = _table(title)
+    table.add_column("", no_wrap=True)
     for stat in _STATS:
         table.add_column(stat, justify="right")
     for name, text in _LATENCIES.items():
         cells = [summary.get(f"{name}_ms_{stat}") for stat in _STATS]
         if any(cell is not None for cell in cells):
-            table.add_row(text, *(f"{cell['median']:.2f}" if cell else "-" for cell in cells))
+            table.add_row(text, *(_short(cell["median"]) if cell else "-" for cell in cells))
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+
+
+def _short(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f}" if milliseconds >= 1000 else f"{milliseconds:.2f}"
 
 
 def _spread_text(spread: dict[str, float], runs: int) -> str:

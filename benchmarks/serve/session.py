@@ -93,7 +93,7 @@ class Session:
     async def execute(self) -> BenchResult:
         """All of it. Raises Unavailable when the server answers no plain request."""
         await self._warm_up()
-        search, runs = None, []
+        search: Search | None = None
         if self._settings.search is not None:
             search, runs = await self._search(self._settings.search)
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def load_trace(path: Path, limit: int | None) -> list[TraceRow]:
         raise ConfigError("--trace", f"cannot read {path}: {error}") from error
     if not rows:
         raise ConfigError("--trace", f"{path} holds no request")
-    if any(later.timestamp_ms < earlier.timestamp_ms for earlier, later in zip(rows, rows[1:], strict=False)):
+    if any(later.timestamp_ms < earlier.timestamp_ms for earlier, later in pairwise(rows)):
         raise ConfigError("--trace", f"{path}: timestamps go back")
     return rows
 

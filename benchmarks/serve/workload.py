@@ -34,9 +34,9 @@ class WorkloadSettings:
 class Preset:
     """A named workload, so that figures of different days and servers are of the same requests."""
 
-    count: int
-    input_lengths: Lengths
-    output_lengths: Lengths
+    count: int | None
+    input_lengths: Lengths | None
+    output_lengths: Lengths | None
     seed: int
 
 
