@@ -9,23 +9,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from baton.worker.shell import WorkerShell
 from protos import worker_pb2 as pb
-from tests.support.tiny_model import make_tiny_llama
 from tests.support.worker_client import WorkerClient
 from tests.transfer.handover_cluster import Key, Unpacks, config, prompt, spec, worker
 from tests.transfer.worker_process import RemoteWorker, worker_process
 
 pytestmark = pytest.mark.slow
 LONG, SHORT = spec(prompt(200)), spec(prompt(50, seed=1))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return make_tiny_llama(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
