@@ -58,9 +58,9 @@ async def test_hand_over_between_nodes(two_nodes: Cluster, tmp_path: Path) -> No
 
         url = f"http://127.0.0.1:{cluster.router.http_port}"
         answers = await run_jobs(url, f"127.0.0.1:{cluster.router.grpc_port}", "tiny", jobs, concurrency=16)
-        oracle = GreedyOracle.load(model)
-        for job, answer in zip(jobs, answers, strict=True):
-            if job.temperature == 0:
-                oracle.check(list(job.prompt), list(answer.token_ids))
-        assert sum(answer.path == "remote" for answer in answers) > 36
         await wait_at_rest(url, num_workers=4, timeout_s=5.0)
+    assert sum(answer.path == "remote" for answer in answers) > 36
+    oracle = GreedyOracle.load(model)
+    for job, answer in zip(jobs, answers, strict=True):
+        if job.temperature == 0:
+            oracle.check(list(job.prompt), list(answer.token_ids))
