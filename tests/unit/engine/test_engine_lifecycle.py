@@ -222,17 +222,20 @@ def test_a_scheduler_that_raises_fails_everything_and_the_engine_goes_on(
 
 
 def test_logits_that_are_not_finite_fail_one_request_and_are_not_cached(harness: Harness) -> None:
-    harness.add(greedy("bad", random_prompt(20), 30), greedy("good", random_prompt(20, seed=1), 30))
-    harness.run(until=lambda: len(harness.ports.tokens["good"]) == 3)
-    bad = next(r for r in harness.engine._scheduler.running if r.request_id == "bad")
-    harness.engine.kv_cache[:, :, bad.block_table[-1]] = torch.nan
+    """The fault strikes in the very step that fills a block."""
+    request = greedy("bad", random_prompt(20), 30)
+    harness.add(request, greedy("good", random_prompt(20, seed=1), 30))
+    harness.run(until=lambda: request.num_computed_tokens == 31)
+    harness.engine.kv_cache[:, :, request.block_table[1]] = torch.nan
     harness.run()
     (failure,) = harness.ports.failures
     assert (failure.request_id, failure.code) == ("bad", "internal")
     assert len(harness.ports.tokens["good"]) == 30
     harness.assert_at_rest()
     harness.ports.reports.clear()
-    assert len(harness.generate(greedy("again", random_prompt(20), 30))["again"]) == 30
+    again = greedy("again", [*request.token_ids, 1, 2], 5)
+    assert len(harness.generate(again)["again"]) == 5
+    assert again.num_cached_tokens == 16
 
 
 def test_a_report_that_is_not_taken_does_not_stop_the_engine(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +292,19 @@ def test_reservations_are_refused_for_good_reasons(model_dir: Path) -> None:
     harness.run()
     assert len(harness.ports.tokens["local"]) == 3
     harness.assert_at_rest()
+
+
+def test_an_admitted_request_sits_in_the_seat_of_its_lease(model_dir: Path) -> None:
+    harness = make_harness(model_dir, max_num_seqs=1)
+    for number in range(3):
+        prompt = random_prompt(10, seed=number)
+        harness.reserve("lease", prompt, 20)
+        harness.engine.kv_cache.zero_()
+        harness.post(Admission("lease", greedy(f"r{number}", prompt, 10), 5))
+        harness.turn()
+        assert isinstance(_try_reserve(harness, "other", 10, 20, seed=9), Refusal)
+        harness.run()
+        assert len(harness.ports.tokens[f"r{number}"]) == 9
 
 
 def test_growth_of_a_lease_is_kept_from_local_requests(model_dir: Path) -> None:
