@@ -39,8 +39,9 @@ def run(batch: Batch, config: PrefillConfig, scale: float = 0.3) -> torch.Tensor
         (Shape(8, 1, 16), [(48, 16), (47, 15)]),
         (Shape(6, 2, 48, 64), [(64, 3), (5, 5)]),
         (Shape(9, 3, 24), [(34, 2)]),
+        (Shape(20, 1, 16), [(18, 3)]),
     ],
-    ids=["mha", "gqa3", "gqa4-block32", "gqa8-prefix", "head48-block64", "head24-odd"],
+    ids=["mha", "gqa3", "gqa4-block32", "gqa8-prefix", "head48-block64", "head24-odd", "group above block_m"],
 )
 def test_matches_float64(
     shape: Shape, prefills: list[tuple[int, int]], dtype: torch.dtype, device: torch.device

@@ -117,11 +117,10 @@ def prefill_attention(
         raise ValueError(f"scale must be positive, got {scale}")
     if out.shape != q.shape or not out.is_contiguous():
         raise ValueError("out must be contiguous and have the shape of q")
-    if group > config.block_m:
-        raise ValueError(f"{group} query heads per KV head do not fit into {config.block_m} rows")
     if num_seqs <= 0 or max_seqlen_q <= 0:
         return
-    grid = (triton.cdiv(max_seqlen_q, config.block_m // group), num_kv_heads, num_seqs)
+    block_m = max(config.block_m, triton.next_power_of_2(group))  # at least one token
+    grid = (triton.cdiv(max_seqlen_q, block_m // group), num_kv_heads, num_seqs)
     prefill_attention_kernel[grid](
         q,
         layer_kv,
@@ -142,7 +141,7 @@ def prefill_attention(
         HEAD_DIM=head_dim,
         HEAD_DIM_PAD=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_SIZE=block_size,
-        BLOCK_M=config.block_m,
+        BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         PRECISION=dot_precision(q.dtype),
         num_warps=config.num_warps,
