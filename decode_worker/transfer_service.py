@@ -133,7 +133,7 @@ class TransferService(TransferServicer):
 
         timing = self._context.config.router
         return await pair.run(
-            frames,
+            self._context.injector.frames(frames),
             on_frame,
             context.write,
             lambda sequence: decode_frame(Heartbeat(sequence)),

@@ -158,7 +158,7 @@ class Dialer:
 
         timing = self._context.config.router
         return await pair.run(
-            _frames(call),
+            self._context.injector.frames(_frames(call)),
             on_frame,
             call.write,
             lambda sequence: prefill_frame(Heartbeat(sequence)),

@@ -89,6 +89,29 @@ class RouterConfig(_Section):
     recent_requests: int = Field(1000, ge=0)
 
 
+class FaultSettings(_Section):
+    """Faults of a worker's KV connections; all zero is none. Probabilities are per frame or per received chunk.
+
+    `frame_*` act on the control frames that the worker reads, in their order: delay plus up to `frame_jitter_s`, loss,
+    duplication. `bytes_per_s` slows what it sends, 0 is unlimited. `corruption` flips one bit of a received chunk.
+    """
+
+    frame_delay_s: float = Field(0.0, ge=0)
+    frame_jitter_s: float = Field(0.0, ge=0)
+    frame_loss: float = Field(0.0, ge=0, le=1)
+    frame_duplication: float = Field(0.0, ge=0, le=1)
+    bytes_per_s: float = Field(0.0, ge=0)
+    corruption: float = Field(0.0, ge=0, le=1)
+
+
+class ChaosConfig(_Section):
+    """For tests only: lets workers disturb their own hand-overs. Unless `enabled`, nothing can switch a fault on."""
+
+    enabled: bool = False
+    seed: int = 0
+    faults: FaultSettings = FaultSettings()
+
+
 class BatonConfig(_Section):
     """Everything `baton serve` needs. `model` is a directory in Hugging Face format."""
 
@@ -99,6 +122,7 @@ class BatonConfig(_Section):
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
     router: RouterConfig = RouterConfig()
+    chaos: ChaosConfig = ChaosConfig()
 
     @property
     def model_name(self) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from baton.common.config import BatonConfig
+from baton.common.config import BatonConfig, FaultSettings
 from baton.engine.build import build_engine
 from baton.worker.half import HalfFactory
 from baton.worker.shell import WorkerShell
@@ -42,6 +42,11 @@ class WorkerActor:
         if self._shell is None:
             return {"healthy": False, "reason": "not started", "role": self._role}
         return self._shell.health()
+
+    async def inject(self, settings_json: str) -> None:
+        """See `WorkerShell.inject`; a worker that has not started has nothing to disturb."""
+        if self._shell is not None:
+            self._shell.inject(FaultSettings.model_validate_json(settings_json))
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new work, wait for the running; whether all of it ended in time."""

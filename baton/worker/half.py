@@ -19,6 +19,7 @@ from baton.common.config import BatonConfig
 from baton.engine.kv_layout import KVLayout
 from baton.engine.ports import Command, PrefillDone, RequestFailed, SegmentWritten
 from baton.worker.attempts import Attempt, AttemptOwner, Attempts
+from baton.worker.chaos_hooks import Injector
 from baton.worker.faults import Faults
 from baton.worker.session import RouterSession
 from protos import worker_pb2 as pb
@@ -42,7 +43,7 @@ class EnginePort(Protocol):
 class WorkerContext:
     """Given to each half when the engine is up. `host` is the advertised address, the only one to listen on.
 
-    `local` takes over attempts whose hand-over is complete.
+    `local` takes over attempts whose hand-over is complete. `injector` disturbs KV connections in chaos tests.
     """
 
     worker_id: str
@@ -54,6 +55,7 @@ class WorkerContext:
     attempts: Attempts
     local: AttemptOwner
     faults: Faults
+    injector: Injector
     clock: Clock
     loop: asyncio.AbstractEventLoop
 

@@ -37,7 +37,7 @@ async def join_pair(
     )
     joining = start_thread(call, f"join {epoch}")
     try:
-        return await asyncio.shield(asyncio.wrap_future(joining))
+        return context.injector.transport(await asyncio.shield(asyncio.wrap_future(joining)))
     except asyncio.CancelledError:
         cancel.set()
         joining.add_done_callback(_close_unused)

@@ -17,11 +17,12 @@ import grpc.aio
 import torch
 
 from baton.common.clock import Clock, MonotonicClock
-from baton.common.config import BatonConfig, EngineConfig, TransferConfig
+from baton.common.config import BatonConfig, EngineConfig, FaultSettings, TransferConfig
 from baton.engine.kv_layout import KVLayout
 from baton.engine.ports import EngineStats, Ports, PrefillDone, SegmentWritten, StepReport
 from baton.worker.attach_service import AttachService
 from baton.worker.attempts import Attempts
+from baton.worker.chaos_hooks import make_injector
 from baton.worker.commands import CommandDispatcher
 from baton.worker.engine_ports import EnginePorts, EngineResult
 from baton.worker.faults import Faults
@@ -96,6 +97,7 @@ class WorkerShell:
         self._clock = clock or MonotonicClock()
         self._timing = StepTimeModel()
         self._faults = Faults()
+        self._injector = make_injector(config.chaos)
         self._prefills_done: list[PrefillDone] = []
         self._device = resolve_device(config.cluster.device)
         self._closed = asyncio.Event()
@@ -164,6 +166,10 @@ class WorkerShell:
             "steps": stats.steps,
         }
 
+    def inject(self, settings: FaultSettings) -> None:
+        """Disturb this worker's KV connections from now on. Raises ConfigError unless `chaos.enabled`."""
+        self._injector.set(settings)
+
     # ---- construction
 
     def _build_engine(self) -> ServedEngine:
@@ -183,6 +189,7 @@ class WorkerShell:
             attempts=self._attempts,
             local=local,
             faults=self._faults,
+            injector=self._injector,
             clock=self._clock,
             loop=loop,
         )

@@ -1,0 +1,132 @@
+"""Faults of a worker's KV connections, for chaos tests: late, lost and doubled frames, a slow link, flipped bits.
+
+One injector per worker, used where a control stream is read (asyncio thread) and around the transport that moves KV
+(transfer threads). Unless `chaos.enabled` it is a `NoFaults`, which hands everything through as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import threading
+from collections.abc import AsyncIterator
+from typing import Protocol, TypeVar
+
+import torch
+
+from baton.common.config import ChaosConfig, FaultSettings
+from baton.common.errors import ConfigError
+from kv_transfer.transport import PairTransport
+
+T = TypeVar("T")
+
+
+class Injector(Protocol):
+    """What a worker needs of it."""
+
+    def frames(self, frames: AsyncIterator[T]) -> AsyncIterator[T]:
+        """The control frames of one stream as they shall be read."""
+        ...
+
+    def transport(self, transport: PairTransport) -> PairTransport:
+        """The KV connection of one epoch as it shall behave."""
+        ...
+
+    def set(self, settings: FaultSettings) -> None:
+        """Settings for all streams and connections from now on. Raises ConfigError where faults are not allowed."""
+        ...
+
+
+def make_injector(config: ChaosConfig) -> Injector:
+    return FaultInjector(config.seed, config.faults) if config.enabled else NoFaults()
+
+
+class NoFaults:
+    """See `Injector`: nothing is disturbed, nor can be."""
+
+    def frames(self, frames: AsyncIterator[T]) -> AsyncIterator[T]:
+        return frames
+
+    def transport(self, transport: PairTransport) -> PairTransport:
+        return transport
+
+    def set(self, settings: FaultSettings) -> None:
+        raise ConfigError("chaos.enabled", f"is off, so this worker does not take {settings}")
+
+
+class FaultInjector:
+    """See `Injector`. `settings` is replaced as a whole, on the asyncio thread; transfer threads read it.
+
+    Each stream and connection draws from a generator of its own, seeded by `seed` and their order.
+    """
+
+    def __init__(self, seed: int, settings: FaultSettings) -> None:
+        self.settings = settings
+        self._seed = seed
+        self._numbers = itertools.count()
+
+    def set(self, settings: FaultSettings) -> None:
+        self.settings = settings
+
+    def transport(self, transport: PairTransport) -> PairTransport:
+        return FaultyTransport(transport, self, self._generator())
+
+    async def frames(self, frames: AsyncIterator[T]) -> AsyncIterator[T]:
+        line: asyncio.Queue[tuple[float, T] | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        reading = asyncio.create_task(self._read(frames, line), name="chaos: read")
+        try:
+            while (item := await line.get()) is not None:
+                due, frame = item
+                await asyncio.sleep(max(due - loop.time(), 0.0))
+                yield frame
+            await reading  # raises what broke the stream
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    async def _read(self, frames: AsyncIterator[T], line: asyncio.Queue[tuple[float, T] | None]) -> None:
+        generator, loop = self._generator(), asyncio.get_running_loop()
+        try:
+            async for frame in frames:
+                settings = self.settings
+                due = loop.time() + settings.frame_delay_s + settings.frame_jitter_s * generator.random()
+                for _ in range(_num_copies(settings, generator)):
+                    line.put_nowait((due, frame))
+        finally:
+            line.put_nowait(None)
+
+    def _generator(self) -> random.Random:
+        return random.Random(f"{self._seed} {next(self._numbers)}")
+
+
+def _num_copies(settings: FaultSettings, generator: random.Random) -> int:
+    if generator.random() < settings.frame_loss:
+        return 0
+    return 2 if generator.random() < settings.frame_duplication else 1
+
+
+class FaultyTransport:
+    """See `PairTransport`: a slow link on what is sent, flipped bits in what is received."""
+
+    def __init__(self, transport: PairTransport, injector: FaultInjector, generator: random.Random) -> None:
+        self._transport = transport
+        self._injector = injector
+        self._generator = generator
+        self._closing = threading.Event()
+
+    def send(self, buffer: torch.Tensor) -> None:
+        rate = self._injector.settings.bytes_per_s
+        if rate:
+            self._closing.wait(buffer.numel() / rate)
+        self._transport.send(buffer)
+
+    def recv(self, buffer: torch.Tensor) -> None:
+        self._transport.recv(buffer)
+        if self._generator.random() < self._injector.settings.corruption:
+            buffer[self._generator.randrange(buffer.numel())] ^= 1 << self._generator.randrange(8)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._transport.close()
