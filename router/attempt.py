@@ -63,7 +63,7 @@ Outcome = Finished | Refused | Failed
 
 
 class Attempt:
-    """`outcome` resolves once. `worker` generates; `prefill`, if any, computes the prompt for it first."""
+    """`outcome` is set once. `worker` generates; `prefill`, if any, computes the prompt for it first."""
 
     def __init__(
         self,
@@ -74,7 +74,8 @@ class Attempt:
         record: RequestRecord,
         tokens_out: TokensOut,
     ) -> None:
-        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.outcome: Outcome | None = None
+        self._over = asyncio.Event()
         self._id = attempt_id
         self._key = pb.AttemptKey(request_id=attempt_id[0], attempt=attempt_id[1])
         self._spec = spec
@@ -98,17 +99,22 @@ class Attempt:
         self._record.mark(events.OPENED)
         self._tell(self._worker, pb.RouterFrame(open=command))
 
-    def end(self, outcome: Outcome) -> None:
-        """Leave every worker, telling those that still know the attempt. Repeating it is a no-op."""
-        if self.outcome.done():
-            return
-        for session in self._told:
-            session.send(pb.RouterFrame(cancel=pb.CancelCommand(key=self._key)))
-        self._told.clear()
-        self.outcome.set_result(outcome)
-        self._worker.forget(self._id)
-        if self._prefill is not None:
-            self._prefill.forget(self._id)
+    async def wait(self) -> None:
+        """Returns when the outcome is set."""
+        await self._over.wait()
+
+    def end(self, outcome: Outcome) -> Outcome:
+        """Leave every worker, telling those that still know the attempt. The first call decides the outcome."""
+        if self.outcome is None:
+            self.outcome = outcome
+            for session in self._told:
+                session.send(pb.RouterFrame(cancel=pb.CancelCommand(key=self._key)))
+            self._told.clear()
+            self._worker.forget(self._id)
+            if self._prefill is not None:
+                self._prefill.forget(self._id)
+            self._over.set()
+        return self.outcome
 
     def _tell(self, session: WorkerSession, frame: pb.RouterFrame) -> None:
         self._told.append(session)

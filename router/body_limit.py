@@ -9,7 +9,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.openai_errors import http_error
 
-
 _DISCARD_S = 2.0
 
 

@@ -19,7 +19,7 @@ from router.tokenizer import Tokenizer
 from router.types import GenerationRequest
 
 DEFAULT_MAX_TOKENS = 16
-_LONG_TEXT = 8192  # characters from which tokenising leaves the event loop
+_LONG_TEXT = 2048  # characters from which tokenising leaves the event loop
 _GREEDY_BELOW = 1e-5
 _MIN_TOP_P = 1e-6
 

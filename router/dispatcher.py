@@ -194,11 +194,11 @@ class Generation:
         )
         attempt.start()
         try:
-            outcome = await attempt.outcome
+            await attempt.wait()
         finally:
-            attempt.end(Failed("cancelled", "the request was given up", retryable=False))
-            record.outcome = str(attempt.outcome.result())
-            self._shared.metrics.attempts.labels(decision.path, attempt.outcome.result().code).inc()
+            outcome = attempt.end(Failed("cancelled", "the request was given up", retryable=False))
+            record.outcome = str(outcome)
+            self._shared.metrics.attempts.labels(decision.path, outcome.code).inc()
         self._learn(decision, outcome)
         return outcome
 

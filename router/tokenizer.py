@@ -59,10 +59,12 @@ class Tokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt, with BOS where the model wants one, and never two of them.
 
-        Long texts take a while: call it off the event loop. Raises ValueError for text that is not valid Unicode.
+        Long texts take a while: call it off the event loop, which it does not block (a batch of one releases the GIL,
+        a single text would not).
         """
         special = self._special
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special.add_bos is None).ids
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special.add_bos is None)
+        ids: list[int] = encoding.ids
         bos = special.bos_id
         if special.add_bos and bos is not None and ids[:1] != [bos]:
             ids.insert(0, bos)

@@ -60,9 +60,9 @@ class Served:
             await self.router.registry.wait_for(roles.count("prefill"), roles.count("decode"))
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition of the router; it is looked at whenever the loop has nothing else to do."""
+        """Wait for a condition of the router; it is looked at every millisecond."""
         async with asyncio.timeout(WAIT_S):
-            while not condition():
+            while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
 
     async def complete(self, **fields: Any) -> httpx.Response:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
 import pytest
+import pytest_asyncio
 from google.rpc.error_details_pb2 import BadRequest  # type: ignore[import-untyped]
 from grpc_status import rpc_status
+from hypothesis import given
+from hypothesis import strategies as st
 
+from baton.common.errors import InvalidRequest
 from protos import inference_pb2 as pb
-from router.openai_schema import UNSUPPORTED
+from router.json_limits import MAX_CONTAINERS, check_structure
+from router.unsupported import UnsupportedFields
 from tests.support.fake_worker import FakeWorker, answer
 from tests.unit.router.conftest import MODEL, Served, serving
 
@@ -80,15 +86,30 @@ BAD: list[tuple[str, str | bytes, int, str | None]] = [
     ("NaN penalty", '{"model":"fake","prompt":"a","presence_penalty":NaN}', 400, "presence_penalty"),
     ("kv_transfer_params", body(kv_transfer_params={"lease": 1}), 400, "kv_transfer_params"),
     ("suffix", body(suffix="x"), 400, "suffix"),
+    ("logit_bias", body(logit_bias={"5": 1}), 400, "logit_bias"),
+    ("response_format", body(response_format={"type": "json_object"}), 400, "response_format"),
+    ("min_tokens", body(min_tokens=1), 400, "min_tokens"),
+    ("stop_token_ids", body(stop_token_ids=[5]), 400, "stop_token_ids"),
+    ("skip_special_tokens", body(skip_special_tokens=False), 400, "skip_special_tokens"),
 ]
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared() -> AsyncIterator[tuple[Served, FakeWorker]]:
+    """One router and worker for both tables of bad requests: none of them may leave a trace."""
+    worker = FakeWorker("d0", script=answer)
+    async with serving() as served:
+        await served.attach(worker)
+        yield served, worker
+    await worker.kill()
+
+
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(("content", "status", "param"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
 async def test_a_bad_body_is_refused_by_name_and_reaches_nobody(
-    workers: list[FakeWorker], served: Served, content: str | bytes, status: int, param: str | None
+    shared: tuple[Served, FakeWorker], content: str | bytes, status: int, param: str | None
 ) -> None:
-    workers.append(FakeWorker("d0", script=answer))
-    await served.attach(*workers)
+    served, worker = shared
     response = await served.http.post("/v1/completions", content=content)
     assert response.status_code == status, response.text
     error = response.json()["error"]
@@ -97,7 +118,7 @@ async def test_a_bad_body_is_refused_by_name_and_reaches_nobody(
     assert error["param"] == param
     assert error["message"]
     assert served.router.dispatcher.is_idle
-    assert not workers[0].received("generate")
+    assert not worker.received("generate")
 
 
 async def test_the_length_limit_is_named(workers: list[FakeWorker], served: Served) -> None:
@@ -116,7 +137,20 @@ async def test_neutral_values_of_unsupported_fields_and_unknown_fields_are_accep
 ) -> None:
     workers.append(FakeWorker("d0", script=answer))
     await served.attach(*workers)
-    neutral = {name: values[-1] for name, values in UNSUPPORTED.items()}
+    neutral: dict[str, Any] = {
+        **dict.fromkeys(UnsupportedFields.model_fields),
+        "n": 1,
+        "best_of": 1,
+        "echo": False,
+        "suffix": "",
+        "logit_bias": {},
+        "presence_penalty": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1,
+        "bad_words": [],
+        "skip_special_tokens": True,
+        "response_format": {"type": "text"},
+    }
     response = await served.complete(**neutral, user="me", something_new=[1], temperature=None, stop=None)
     assert response.status_code == 200, response.text
     assert "baton_ignored_fields_total 1.0" in (await served.http.get("/metrics")).text
@@ -160,6 +194,7 @@ def request(**fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(**{"model": MODEL, "token_ids": pb.TokenIds(ids=[1, 2, 3]), **fields})
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("message", "code", "field"),
     [
@@ -176,10 +211,9 @@ def request(**fields: Any) -> pb.GenerateRequest:
     ],
 )
 async def test_a_bad_grpc_request_is_refused_with_its_field(
-    workers: list[FakeWorker], served: Served, message: pb.GenerateRequest, code: grpc.StatusCode, field: str
+    shared: tuple[Served, FakeWorker], message: pb.GenerateRequest, code: grpc.StatusCode, field: str
 ) -> None:
-    workers.append(FakeWorker("d0", script=answer))
-    await served.attach(*workers)
+    served, worker = shared
     call = served.grpc.Generate(message)
     with pytest.raises(grpc.aio.AioRpcError) as error:
         async for _ in call:
@@ -189,4 +223,12 @@ async def test_a_bad_grpc_request_is_refused_with_its_field(
     bad = BadRequest()
     assert status.details[0].Unpack(bad)
     assert bad.field_violations[0].field == field
-    assert not workers[0].received("generate")
+    assert not worker.received("generate")
+
+
+@given(st.text(max_size=30), st.integers(0, 3))
+def test_brackets_in_text_are_free_and_brackets_of_structure_are_counted(text: str, copies: int) -> None:
+    content = json.dumps({"model": MODEL, "prompt": text * copies + "[{" * MAX_CONTAINERS}, ensure_ascii=False)
+    check_structure(content.encode())
+    with pytest.raises(InvalidRequest, match="arrays and objects"):
+        check_structure(content.encode() + b"[" * MAX_CONTAINERS + b"{")

@@ -90,7 +90,11 @@ def test_bytes_that_can_never_become_a_character_do_not_hold_the_text_back_for_e
 
 
 @settings(deadline=None)
-@given(st.text(alphabet="ab\u4f60"), st.lists(st.text(alphabet="ab\u4f60", min_size=1, max_size=3), max_size=3), st.data())
+@given(
+    st.text(alphabet="ab\u4f60"),
+    st.lists(st.text(alphabet="ab\u4f60", min_size=1, max_size=3), max_size=3),
+    st.data(),
+)
 def test_stop_strings_cut_where_the_whole_text_would_be_cut(text: str, stops: list[str], data: st.DataObject) -> None:
     checker, out, stopped, rest = StopStrings(stops), "", False, text
     while rest and not stopped:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,10 +16,7 @@ def shuffled_stream(draw: st.DrawFn) -> tuple[int, list[int], list[tuple[int, li
     first = draw(st.integers(0, 5))
     tokens = draw(st.lists(st.integers(0, 1000), min_size=1, max_size=12))
     cuts = sorted(draw(st.sets(st.integers(1, len(tokens)))) | {0, len(tokens)})
-    pieces = [
-        (first + start, tokens[start:end], "stop" if end == len(tokens) else "")
-        for start, end in zip(cuts, cuts[1:], strict=False)
-    ]
+    pieces = [(first + start, tokens[start:end], "stop" if end == len(tokens) else "") for start, end in pairwise(cuts)]
     repeated = pieces + draw(st.lists(st.sampled_from(pieces), max_size=4))
     return first, tokens, draw(st.permutations(repeated))
 

@@ -19,7 +19,7 @@ from tests.support.tiny_model import BOS_TOKEN_ID, EOS_TOKEN_ID, VOCAB_SIZE, mak
 BOS, EOS = 256, 257
 
 
-def write_model(path: Path, *, template: bool = False, **files: object) -> Path:
+def write_model(path: Path, template: bool = False, /, **files: object) -> Path:
     """tokenizer.json with <s> and </s>, and the given json files (names without .json)."""
     vocab = {token: index for index, token in enumerate(sorted(ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(BPE(vocab=vocab, merges=[]))
@@ -58,7 +58,7 @@ def test_the_tiny_checkpoint_loads_and_round_trips(tmp_path: Path) -> None:
 def test_eos_ids_come_from_the_generation_config_first(
     tmp_path: Path, files: dict[str, object], expected: set[int]
 ) -> None:
-    assert Tokenizer.load(write_model(tmp_path, **files)).eos_ids == expected
+    assert Tokenizer.load(write_model(tmp_path, False, **files)).eos_ids == expected
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_bos_is_added_as_the_model_wants_and_never_twice(
     config: dict[str, object] = {"bos_token": "<s>"}
     if add_bos is not None:
         config["add_bos_token"] = add_bos
-    ids = Tokenizer.load(write_model(tmp_path, template=template, tokenizer_config=config)).encode(text)
+    ids = Tokenizer.load(write_model(tmp_path, template, tokenizer_config=config)).encode(text)
     assert ids[:num_bos] == (BOS,) * num_bos
     assert ids.count(BOS) == num_bos
 
