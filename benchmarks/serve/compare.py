@@ -17,7 +17,13 @@ _RATES = ("offered_rps", "carried_rps", "output_tps", "total_tps", "in_slo_share
 _LATENCIES = ("ttft", "second_token", "tpot", "itl", "e2e")
 _STATS = ("mean", "p50", "p90", "p95", "p99")
 KEYS = (*_RATES, *(f"{name}_ms_{stat}" for name in _LATENCIES for stat in _STATS))
-_SAME_WORKLOAD = (("workload",), ("settings", "rate"), ("settings", "concurrency"), ("settings", "slo"))
+_SAME_WORKLOAD = (
+    ("workload",),
+    ("settings", "rate"),
+    ("settings", "concurrency"),
+    ("settings", "slo"),
+    ("counting", "used"),
+)
 
 
 def load_result(path: Path) -> dict[str, Any]:
@@ -44,11 +50,7 @@ def ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[flo
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """Why the two results should not be compared, or only with care."""
-    found = [
-        f"{'.'.join(keys)} differs: {_at(first, keys)} / {_at(second, keys)}"
-        for keys in _SAME_WORKLOAD
-        if _at(first, keys) != _at(second, keys)
-    ]
+    found = [text for keys in _SAME_WORKLOAD for text in _unlike(".".join(keys), _at(first, keys), _at(second, keys))]
     for name, result in (("first", first), ("second", second)):
         found += [f"the {name} is invalid: {reason}" for reason in result["invalid"]]
     return found
@@ -58,7 +60,7 @@ def print_comparison(console: Console, first: Path, second: Path) -> None:
     """The table of ratios, after everything that makes it unfair."""
     one, two = load_result(first), load_result(second)
     for reason in differences(one, two):
-        console.print(f"CAUTION {reason}", style="yellow", highlight=False, markup=False)
+        console.print(f"CAUTION {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     table = Table(
         title="ratio is second / first; medians over runs", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
     )
@@ -68,6 +70,13 @@ def print_comparison(console: Console, first: Path, second: Path) -> None:
     for key, (a, b, ratio) in ratios(one, two).items():
         table.add_row(key, f"{a:,.3f}", f"{b:,.3f}", "-" if ratio is None else f"{ratio:.3f}")
     console.print(table)
+
+
+def _unlike(name: str, one: Any, two: Any) -> list[str]:
+    """One line for each member that is not the same, recursively."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        return [line for key in one | two for line in _unlike(f"{name}.{key}", one.get(key), two.get(key))]
+    return [] if one == two else [f"{name} differs: {one} / {two}"]
 
 
 def _at(result: dict[str, Any], keys: tuple[str, ...]) -> Any:

@@ -53,7 +53,7 @@ def to_json(
 def print_result(console: Console, result: BenchResult) -> None:
     """Tables for people; says what is wrong with the run before anything else."""
     for reason in result.invalid:
-        console.print(f"INVALID {reason}", style="bold red", highlight=False)
+        console.print(f"INVALID {reason}", style="bold red", highlight=False, markup=False, soft_wrap=True)
     _print_failures(console, result)
     summary = metrics.combine([run.summary for run in result.runs])
     console.print(_rates_table(summary, len(result.runs)))
@@ -133,7 +133,7 @@ def _print_failures(console: Console, result: BenchResult) -> None:
     for kind, count in metrics.failures(records).items():
         message = next(record.message or "" for record in records if record.failure == kind)
         line = f"FAILED {count} of {len(records)} requests: {kind}: {message[:200]}"
-        console.print(line, style="red", highlight=False, markup=False)
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     if result.workload.left_out:
         console.print(f"{result.workload.left_out} requests over --max-total-tokens were left out", style="yellow")
 
@@ -156,7 +156,7 @@ def _rates_table(summary: dict[str, dict[str, float] | None], runs: int) -> Tabl
     }
     for title, key in rows.items():
         if (spread := summary.get(key)) is not None:
-            table.add_row(title, _spread_text(spread, runs))
+            table.add_row(title, _spread_text(spread))
     return table
 
 
@@ -189,9 +189,9 @@ def _short(milliseconds: float) -> str:
     return f"{milliseconds:,.0f}" if milliseconds >= 1000 else f"{milliseconds:.2f}"
 
 
-def _spread_text(spread: dict[str, float], runs: int) -> str:
+def _spread_text(spread: dict[str, float]) -> str:
     text = f"{spread['median']:,.2f}"
-    return text if runs == 1 else f"{text} ({spread['min']:,.2f} to {spread['max']:,.2f})"
+    return text if spread["min"] == spread["max"] else f"{text} ({spread['min']:,.2f} to {spread['max']:,.2f})"
 
 
 def _of_runs(runs: int) -> str:

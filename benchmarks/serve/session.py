@@ -24,6 +24,8 @@ from benchmarks.serve.workload import Workload
 _WARMUP_CONCURRENCY = 8
 _WARMUP_RUN = -1
 _PROBE_TOKENS = 4
+_COUNT_TOLERANCE = 0.01
+_OFFERED = "offered"
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Session:
         jobs = self._jobs(self._runs_made)
         times = None if settings.concurrency is not None else arrival_times(self._workload, rate, repeat)
         run = await self._send(jobs, times, settings.concurrency)
-        invalid = invalid_reasons(run, settings.max_lag)
+        invalid = [*invalid_reasons(run, settings.max_lag), *miscounted(run, settings.api.counting)]
         self._say(f"run {self._runs_made}: {len(jobs)} requests in {run.ended - run.started:.1f} s")
         return MeasuredRun(run, summarize(run, settings.slo), invalid)
 
@@ -170,6 +172,16 @@ def invalid_reasons(run: Run, max_lag: float) -> list[str]:
     ]
 
 
+def miscounted(run: Run, counting: Counting) -> list[str]:
+    """A server whose counts per chunk do not add up to its usage gives wrong ITL and TPOT. With one token a chunk the
+    difference is expected, and reported as `uncounted_tokens`."""
+    total = sum(record.output_tokens for record in run.records if record.ok)
+    counted = sum(sum(record.chunk_tokens) for record in run.records if record.ok)
+    if counting is Counting.CHUNKS or abs(total - counted) <= _COUNT_TOLERANCE * total:
+        return []
+    return [f"the server's {counting} of the chunks adds up to {counted} tokens, its usage says {total}"]
+
+
 async def choose_counting(
     server: Server, api: ApiSettings, source: TokenSource, clock: Clock, api_key: str | None
 ) -> tuple[Counting, dict[str, Any]]:
@@ -186,10 +198,18 @@ async def choose_counting(
         record = RequestRecord(0, len(prompt), _PROBE_TOKENS)
         await client.complete(record, render_body(asked, prompt, _PROBE_TOKENS))
         pool.close()
-        offered = record.ok and client.counted_by == {counting}
-        tried[counting] = (
-            "offered" if offered else f"{record.failure}: {record.message}" if record.failure else "ignored"
-        )
-        if offered:
+        tried[counting] = _outcome(record, counting, client.counted_by)
+        if tried[counting] == _OFFERED:
             return counting, tried
     raise Unavailable(f"{server.url} does not serve a plain streamed completion: {tried[Counting.CHUNKS]}")
+
+
+def _outcome(record: RequestRecord, counting: Counting, counted_by: set[Counting]) -> str:
+    if not record.ok:
+        return f"{record.failure}: {record.message}"
+    if counted_by != {counting}:
+        return "ignored"
+    counted = sum(record.chunk_tokens)
+    if counting is not Counting.CHUNKS and counted != record.output_tokens:
+        return f"wrong: {counted} tokens by chunk, {record.output_tokens} by the last usage"
+    return _OFFERED

@@ -135,6 +135,26 @@ def test_the_server_offers_token_ids_or_usage_or_refuses(start: Start, tmp_path:
     assert result["summary"]["tokens_per_chunk"]["median"] == 3
 
 
+def test_a_server_whose_counts_do_not_add_up(start: Start, tmp_path: Path) -> None:
+    async def stuck(exchange: Exchange) -> None:
+        count = exchange.body["max_tokens"]
+        exchange.head()
+        for _ in range(count):
+            exchange.token(usage=exchange.usage(1))
+        exchange.event({"choices": [], "usage": exchange.usage(count)})
+        exchange.end()
+
+    server = start(stuck)
+    asked = bench(server.url, *LENGTHS, "--concurrency", 1, "--count-tokens", "usage", "--results", tmp_path / "asked")
+    assert asked.exit_code == 1
+    assert "adds up to 6 tokens, its usage says 18" in asked.output
+    chosen = bench(server.url, *LENGTHS, "--concurrency", 1, "--results", tmp_path / "auto")
+    assert chosen.exit_code == 0, chosen.output
+    counting = only_result(tmp_path / "auto")["counting"]
+    assert counting["used"] == ["chunks"]
+    assert counting["tried"]["usage"].startswith("wrong: 1 tokens by chunk, 4")
+
+
 def test_failures_are_printed_and_saved(start: Start, tmp_path: Path) -> None:
     async def every_second(exchange: Exchange) -> None:
         if exchange.body["max_tokens"] == 3 and len(exchange.body["prompt"]) == 5:
