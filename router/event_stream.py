@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 STALLED_CLIENT_S = 30.0
 _Result = TypeVar("_Result")
@@ -60,14 +60,15 @@ class EventStream(Response):
             await self._events.aclose()
 
     async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await _send(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for event in self._events:
-            await self._send(send, f"data: {event}\n\n".encode(), more=True)
-        await self._send(send, b"", more=False)
+            await _send(send, {"type": "http.response.body", "body": f"data: {event}\n\n".encode(), "more_body": True})
+        await _send(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send(self, send: Send, body: bytes, more: bool) -> None:
-        try:
-            async with asyncio.timeout(STALLED_CLIENT_S):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-        except (TimeoutError, OSError):
-            raise ClientGone from None
+
+async def _send(send: Send, message: Message) -> None:
+    try:
+        async with asyncio.timeout(STALLED_CLIENT_S):
+            await send(message)
+    except (TimeoutError, OSError):
+        raise ClientGone from None

@@ -40,6 +40,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
         self.script = script
         self.beat = pb.WorkerHeartbeat(blocks=pb.BlockCounts(free=num_blocks, total=num_blocks), timing=timing)
         self.beats = True
+        self.num_router_heartbeats = 0
         self.hello = pb.WorkerHello(
             worker_id=worker_id,
             role=role,
@@ -90,6 +91,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
         async for frame in frames:
             kind = frame.WhichOneof("frame")
             if kind == "heartbeat":
+                self.num_router_heartbeats += 1
                 continue
             self.frames.append(frame)
             if kind != "hello" and self.script is not None:
