@@ -37,7 +37,7 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._]+")
 
 def bench_serve(
     url: Annotated[str, typer.Argument(help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
-    model: Annotated[str | None, Flag(help="Model name [the first that the server lists].")] = None,
+    model: Annotated[str | None, Flag(help="Model name (the first that the server lists).")] = None,
     workload: Annotated[str | None, Flag(help=f"Preset lengths: {', '.join(PRESETS)}.")] = None,
     input_len: Annotated[str | None, Flag(help="Prompt tokens: N, LOW:HIGH or exp:MEAN:CAP.")] = None,
     output_len: Annotated[str | None, Flag(help="Answer tokens, in the same form.")] = None,
@@ -50,9 +50,9 @@ def bench_serve(
     max_total_tokens: Annotated[int | None, Flag(help="Leave out requests whose prompt plus answer is longer.")] = None,
     rate: Annotated[float | None, Flag(help="Open loop, Poisson, requests/s; inf sends all at once.")] = None,
     concurrency: Annotated[int | None, Flag(min=1, help="Closed loop with this many requests under way.")] = None,
-    seed: Annotated[int | None, Flag(min=0, help="Of lengths, tokens and arrivals [the preset's, or 0].")] = None,
+    seed: Annotated[int | None, Flag(min=0, help="Of lengths, tokens and arrivals (the preset's, or 0).")] = None,
     vocab_size: Annotated[int, Flag(min=1, help="Prompt token ids lie below this.")] = 32000,
-    token_ids: Annotated[str | None, Flag(help="LOW:HIGH, HIGH excluded; keeps off special tokens [10:VOCAB].")] = None,
+    token_ids: Annotated[str | None, Flag(help="LOW:HIGH, HIGH excluded; keeps off special tokens (10:VOCAB).")] = None,
     temperature: Annotated[float, Flag(min=0.0)] = 0.0,
     ignore_eos: Annotated[bool, Flag(help="Ask for answers of exactly the wanted length.")] = True,
     count_tokens: Annotated[
