@@ -45,7 +45,7 @@ def bench_serve(
     time_scale: Annotated[float, Flag(help="Trace times are multiplied by this; 0.5 doubles the load.")] = 1.0,
     num_requests: Annotated[
         int | None,
-        Flag("--num-requests", "--limit", "-n", min=1, help="Requests a run [the preset's, or the trace's]."),
+        Flag("--num-requests", "--limit", "-n", min=1, help="Requests a run (the preset's or the trace's)."),
     ] = None,
     max_total_tokens: Annotated[int | None, Flag(help="Leave out requests whose prompt plus answer is longer.")] = None,
     rate: Annotated[float | None, Flag(help="Open loop, Poisson, requests/s; inf sends all at once.")] = None,
