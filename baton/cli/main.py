@@ -8,6 +8,7 @@ import typer
 
 from baton.cli import demo, model, serve
 from baton.common.errors import BatonError, ConfigError
+from benchmarks.serve.command import bench_serve
 
 app = typer.Typer(
     name="baton",
@@ -19,6 +20,9 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.add_typer(model.app, name="model")
+bench = typer.Typer(help="Measure servers.", no_args_is_help=True)
+bench.command("serve")(bench_serve)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -20,16 +20,20 @@ def serve(
     model: Annotated[str | None, typer.Argument(help="A model directory in Hugging Face format.")] = None,
     prefill: Annotated[int | None, Flag(help="Prefill workers; 0 is a colocated server.")] = None,
     decode: Annotated[int | None, Flag(help="Decode workers.")] = None,
-    host: Annotated[str | None, Flag(help="Address that clients reach [127.0.0.1].")] = None,
-    port: Annotated[int | None, Flag(help="HTTP port, 0 for any [8000].")] = None,
-    grpc_port: Annotated[int | None, Flag(help="gRPC port, 0 for any [8001].")] = None,
-    device: Annotated[str | None, Flag(help="auto, cuda or cpu [auto].")] = None,
-    dtype: Annotated[str | None, Flag(help="auto, bfloat16, float16 or float32 [auto].")] = None,
-    max_model_len: Annotated[int | None, Flag(help="Longest prompt plus answer, in tokens [the model's].")] = None,
-    block_size: Annotated[int | None, Flag(help="Tokens per KV block: 16, 32 or 64 [16].")] = None,
+    host: Annotated[str | None, Flag(help="Address that clients reach (default 127.0.0.1).")] = None,
+    port: Annotated[int | None, Flag(help="HTTP port, 0 for any (default 8000).")] = None,
+    grpc_port: Annotated[int | None, Flag(help="gRPC port, 0 for any (default 8001).")] = None,
+    device: Annotated[str | None, Flag(help="auto, cuda or cpu (default auto).")] = None,
+    dtype: Annotated[str | None, Flag(help="auto, bfloat16, float16 or float32 (default auto).")] = None,
+    max_model_len: Annotated[
+        int | None, Flag(help="Longest prompt plus answer, in tokens (default the model's).")
+    ] = None,
+    block_size: Annotated[int | None, Flag(help="Tokens per KV block: 16, 32 or 64 (default 16).")] = None,
     ray_address: Annotated[str | None, Flag(help="Join this Ray cluster instead of starting one.")] = None,
-    served_model_name: Annotated[str | None, Flag(help="Name in the API [the directory's].")] = None,
-    policy: Annotated[str | None, Flag(help="Where prompts are prefilled: local, remote or auto [auto].")] = None,
+    served_model_name: Annotated[str | None, Flag(help="Name in the API (default the directory's).")] = None,
+    policy: Annotated[
+        str | None, Flag(help="Where prompts are prefilled: local, remote or auto (default auto).")
+    ] = None,
     config: Annotated[Path | None, Flag(help="YAML file; flags override its keys.")] = None,
 ) -> None:
     """Serve MODEL over HTTP and gRPC until Ctrl-C; a second Ctrl-C does not wait for running requests."""

@@ -9,9 +9,10 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+from baton.cluster.controller import WorkerAddress
 from baton.cluster.layout import ClusterLayout, choose_layout
 from baton.cluster.ray_session import count_gpus, ray_session
-from baton.cluster.supervisor import Supervisor, WorkerAddress
+from baton.cluster.supervisor import Supervisor
 from baton.common.config import BatonConfig
 from baton.common.errors import BatonError
 from router.registry import Member

@@ -1,15 +1,16 @@
-"""Places one Ray actor per worker, keeps it alive and tells the router where it is.
+"""Places one Ray actor per worker and a controller over them, and tells the router where the workers are.
 
 Ray decides where a worker runs and restarts its process; whether a worker is usable is decided by the router's own
-heartbeats, which notice a fault long before Ray does. The supervisor runs in the process that called `ray.init`.
+heartbeats, which notice a fault long before Ray does. The supervisor runs in the process that called `ray.init` and
+owns all the actors: when that process ends, however it ends, Ray ends them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from baton.cluster.controller import ClusterController, Membership, WorkerAddress
 from baton.cluster.layout import ClusterLayout, Role
 from baton.common.config import BatonConfig
 from baton.common.errors import BatonError
@@ -28,20 +30,11 @@ from prefill_worker.actor import PrefillWorker
 log = logging.getLogger(__name__)
 
 _ACTOR_CLASSES: Mapping[Role, type] = {"prefill": PrefillWorker, "decode": DecodeWorker}
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerAddress:
-    """Where a started worker listens."""
-
-    name: str
-    role: Role
-    worker_id: str
-    address: str
+_POLL_S, _RETRY_S, _STOP_S = 30.0, 0.2, 10.0
 
 
 class Supervisor:
-    """Owns the worker actors and their placement group. All methods run on one asyncio loop.
+    """Owns the actors and their placement group. All methods run on one asyncio loop.
 
     `on_members` is called with the addresses of all live workers whenever one starts, restarts or is lost.
     """
@@ -52,34 +45,22 @@ class Supervisor:
         self._config = config
         self._layout = layout
         self._on_members = on_members
+        self._namespace = f"baton-{secrets.token_hex(4)}"
         self._group: PlacementGroup | None = None
         self._actors: dict[str, ActorHandle[Any]] = {}
-        self._members: dict[str, WorkerAddress] = {}
-        self._watchers: list[asyncio.Task[None]] = []
-        self._stopping = False
+        self._controller: ActorHandle[Any] | None = None
+        self._follower: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Place and start all workers. Raises BatonError when Ray cannot place them or one fails to start."""
+        await self._place()
         roles = self._layout.roles()
-        timeout = self._config.cluster.start_timeout_s
-        self._group = placement_group([self._bundle(role) for role in roles], strategy="SPREAD")
-        try:
-            await asyncio.wait_for(_as_awaitable(self._group.ready()), timeout)
-        except TimeoutError:
-            raise BatonError(
-                f"Ray found no room for {self._layout.describe()} within {timeout:.0f} s; "
-                f"the cluster offers {ray.cluster_resources()}"
-            ) from None
-        counts: dict[Role, int] = {"prefill": 0, "decode": 0}
-        started = []
-        for bundle, role in enumerate(roles):
-            name = f"{role}-{counts[role]}"
-            counts[role] += 1
-            self._actors[name] = self._create(role, bundle)
-            started.append(self._start_worker(name, role))
-        await asyncio.gather(*started)
-        for name, role in zip(self._actors, roles, strict=True):
-            self._watchers.append(asyncio.create_task(self._watch(name, role), name=f"watch-{name}"))
+        workers = {f"{role}-{roles[:index].count(role)}": role for index, role in enumerate(roles)}
+        for bundle, (name, role) in enumerate(workers.items()):
+            self._actors[name] = self._create(name, role, bundle)
+        self._controller = self._create_controller(workers)
+        await self._follow_until(self._all_started)
+        self._follower = asyncio.create_task(self._follow_until(lambda _: False), name="follow-membership")
 
     async def drain(self) -> None:
         """Let the workers finish what they have, at most `cluster.drain_timeout_s`."""
@@ -91,18 +72,22 @@ class Supervisor:
 
     async def stop(self) -> None:
         """End all workers and give their resources back. Idempotent."""
-        self._stopping = True
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.gather(self._follower, return_exceptions=True)
         self._on_members([])
-        for watcher in self._watchers:
-            watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
-        stops = [asyncio.wait_for(_as_awaitable(actor.stop.remote()), 10.0) for actor in self._actors.values()]
-        for result in await asyncio.gather(*stops, return_exceptions=True):
+        actors = list(self._actors.values())
+        calls: list[Any] = [actor.stop.remote() for actor in actors]
+        if self._controller is not None:
+            calls.insert(0, self._controller.close.remote())
+            actors.append(self._controller)
+        for result in await asyncio.gather(*(_within(call, _STOP_S) for call in calls), return_exceptions=True):
             if isinstance(result, BaseException):
                 log.warning("a worker did not stop by itself: %s", result)
-        for actor in self._actors.values():
+        for actor in actors:
             ray.kill(actor, no_restart=True)
         self._actors.clear()
+        self._controller = None
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
@@ -114,18 +99,41 @@ class Supervisor:
             raise BatonError("the workers are not placed: start the supervisor first")
         return self._group
 
+    @property
+    def controller(self) -> ActorHandle[Any]:
+        """The ClusterController actor. Raises BatonError before start."""
+        if self._controller is None:
+            raise BatonError("there is no controller: start the supervisor first")
+        return self._controller
+
     def actor(self, name: str) -> ActorHandle[Any]:
         """The actor of a worker, by the name in WorkerAddress. Raises KeyError."""
         return self._actors[name]
 
-    def _bundle(self, role: Role) -> dict[str, float]:
+    # ---- placement
+
+    async def _place(self) -> None:
+        bundles = [self._resources(role) for role in self._layout.roles()]
+        self._group = placement_group(bundles, strategy="SPREAD")
+        timeout = self._config.cluster.start_timeout_s
+        try:
+            await _within(self._group.ready(), timeout)
+        except TimeoutError:
+            raise BatonError(
+                f"Ray found no room for {self._layout.describe()} within {timeout:.0f} s; "
+                f"the cluster offers {ray.cluster_resources()}"
+            ) from None
+
+    def _resources(self, role: Role) -> dict[str, float]:
         extra = self._config.cluster.prefill_resources if role == "prefill" else self._config.cluster.decode_resources
         gpus = {"GPU": 1.0} if self._layout.device == "cuda" else {}
         return {"CPU": 1.0, **gpus, **extra}
 
-    def _create(self, role: Role, bundle: int) -> ActorHandle[Any]:
-        resources = dict(self._bundle(role))
+    def _create(self, name: str, role: Role, bundle: int) -> ActorHandle[Any]:
+        resources = self._resources(role)
         placed: Any = ray.remote(_ACTOR_CLASSES[role]).options(
+            name=name,
+            namespace=self._namespace,
             num_cpus=resources.pop("CPU"),
             num_gpus=resources.pop("GPU", 0),
             resources=resources,
@@ -138,38 +146,42 @@ class Supervisor:
         actor: ActorHandle[Any] = placed.remote()
         return actor
 
-    async def _start_worker(self, name: str, role: Role) -> None:
-        reply = await asyncio.wait_for(
-            _as_awaitable(self._actors[name].start.remote(self._config.model_dump_json())),
-            self._config.cluster.start_timeout_s,
+    def _create_controller(self, workers: dict[str, Role]) -> ActorHandle[Any]:
+        options: Any = ray.remote(ClusterController).options(
+            name="controller", namespace=self._namespace, num_cpus=0, max_restarts=-1, max_task_retries=0
         )
-        self._members[name] = WorkerAddress(name, role, reply["worker_id"], reply["address"])
-        self._on_members(list(self._members.values()))
+        actor: ActorHandle[Any] = options.remote(self._namespace, workers, self._config.model_dump_json())
+        return actor
 
-    async def _watch(self, name: str, role: Role) -> None:
-        """Wait for the worker's process to end; Ray restarts it, we start the worker in it again."""
-        while not self._stopping:
+    # ---- membership
+
+    async def _follow_until(self, enough: Callable[[Membership], bool]) -> None:
+        """Hand every change of the membership on. A controller that is away changes nothing until it is back."""
+        seen = -1
+        while True:
             try:
-                await _as_awaitable(self._actors[name].wait_closed.remote())
-                return
+                membership: Membership = await _as_awaitable(self.controller.membership.remote(seen, _POLL_S))
             except RayError as error:
-                log.warning("%s is lost: %s", name, str(error).splitlines()[0])
-            self._members.pop(name, None)
-            self._on_members(list(self._members.values()))
-            await self._restart(name, role)
-
-    async def _restart(self, name: str, role: Role) -> None:
-        delay = 0.1
-        while not self._stopping:
-            try:
-                await self._start_worker(name, role)
-                log.info("%s is back", name)
+                log.warning("the controller is away: %s", str(error).splitlines()[0])
+                seen = -1
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if membership.version != seen:
+                self._on_members(list(membership.members))
+            seen = membership.version
+            if enough(membership):
                 return
-            except (RayError, TimeoutError) as error:
-                log.info("%s is not back yet: %s", name, str(error).splitlines()[0] if str(error) else "timeout")
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, 2.0)
+
+    def _all_started(self, membership: Membership) -> bool:
+        """Raises BatonError when a worker cannot start: at the start of a cluster, nothing is tried twice."""
+        for name, reason in membership.errors.items():
+            raise BatonError(f"worker {name} did not start: {reason}")
+        return len(membership.members) == len(self._actors)
 
 
 async def _as_awaitable(reference: Any) -> Any:
     return await asyncio.wrap_future(reference.future())
+
+
+async def _within(reference: Any, seconds: float) -> Any:
+    return await asyncio.wait_for(_as_awaitable(reference), seconds)
