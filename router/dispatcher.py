@@ -84,7 +84,7 @@ class Dispatcher:
         if running:
             await asyncio.wait([generation.task for generation in running], timeout=timeout_s)
         for generation in running:
-            generation.close()
+            generation.abort(Unavailable("the server is shutting down"))
         await asyncio.gather(*(generation.task for generation in running), return_exceptions=True)
 
     def ended(self, generation: Generation) -> None:
@@ -137,7 +137,13 @@ class Generation:
         self.record.finish_reason, self.record.num_output_tokens = "stop", num_tokens
 
     def close(self) -> None:
-        self._abort(RequestCancelled("the request was cancelled"))
+        self.abort(RequestCancelled("the request was cancelled"))
+
+    def abort(self, error: BatonError) -> None:
+        """End it with an error, at once. A no-op once it is over."""
+        self._output.fail(error)
+        self._end_attempt(Failed("cancelled", str(error), retryable=False))
+        self.task.cancel()
 
     # ---- the life of a request
 
@@ -199,7 +205,7 @@ class Generation:
             outcome = attempt.end(Failed("cancelled", "the request was given up", retryable=False))
             record.outcome = str(outcome)
             self._shared.metrics.attempts.labels(decision.path, outcome.code).inc()
-        self._learn(decision, outcome)
+            self._learn(decision, outcome)
         return outcome
 
     def _spec(self) -> pb.RequestSpec:
@@ -265,12 +271,7 @@ class Generation:
         if finish_reason is not None:
             self._output.finish(finish_reason)
         elif self._output.num_unread > MAX_UNREAD_TOKENS:
-            self._abort(ReaderTooSlow(f"{MAX_UNREAD_TOKENS} tokens were waiting to be read"))
-
-    def _abort(self, error: BatonError) -> None:
-        self._output.fail(error)
-        self._end_attempt(Failed("cancelled", str(error), retryable=False))
-        self.task.cancel()
+            self.abort(ReaderTooSlow(f"{MAX_UNREAD_TOKENS} tokens were waiting to be read"))
 
     def _end_attempt(self, outcome: Outcome) -> None:
         if self._attempt is not None:
@@ -280,6 +281,6 @@ class Generation:
         """The last resort for the one terminal event: the task was cancelled from outside, or has a defect."""
         if not task.cancelled() and (defect := task.exception()) is not None:
             _log.error("a defect in the router ended request %s", self.request.request_id, exc_info=defect)
-            self._abort(Unavailable("internal error"))
-        self._abort(RequestCancelled("the request was cancelled"))
+            self.abort(Unavailable("internal error"))
+        self.abort(RequestCancelled("the request was cancelled"))
         self._shared.ended(self)

@@ -41,7 +41,7 @@ class CompletionHead:
 def path_header(choices: list[Choice]) -> str:
     """The path and why, for `x-baton-path`; of several prompts each distinct one."""
     paths = list(dict.fromkeys(choice.path for choice in choices))
-    return " | ".join(paths).encode("ascii", "replace").decode()
+    return " ".join(" | ".join(paths).split()).encode("ascii", "replace").decode()
 
 
 def _choice(choice: Choice, delta: TextDelta, with_ids: bool) -> dict[str, object]:

@@ -50,7 +50,7 @@ class SessionObserver(Protocol):
     def on_fenced_frame(self) -> None: ...
 
     def on_room(self) -> None:
-        """An attempt left a worker, so there may be room on it."""
+        """An attempt left a worker or its prefill queue, so there may be room."""
         ...
 
 
@@ -91,7 +91,9 @@ class WorkerSession:
             self._outbox.put_nowait(frame)
 
     def prefill_ended(self, attempt: AttemptId) -> None:
-        self._pending_prefill.pop(attempt, None)
+        """Its prompt is computed. Repeating it is a no-op."""
+        if self._pending_prefill.pop(attempt, None) is not None:
+            self._observer.on_room()
 
     def forget(self, attempt: AttemptId) -> None:
         """Nothing more of `attempt` is delivered."""

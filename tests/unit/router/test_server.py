@@ -109,7 +109,7 @@ async def test_what_does_not_finish_while_draining_is_cancelled(workers: list[Fa
     key = (await workers[0].next_frame("generate")).key
     await served.router.drain(0.05)
     assert (await workers[0].next_frame("cancel")).key == key
-    assert (await running).status_code == 499
+    assert (await running).status_code == 503
 
 
 async def test_stopping_leaves_no_task_and_no_listener(workers: list[FakeWorker]) -> None:
@@ -208,3 +208,21 @@ def test_the_router_needs_neither_torch_nor_ray() -> None:
     code = "import sys, router.server; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+async def test_every_reference_of_the_openapi_document_resolves(served: Served) -> None:
+    document = (await served.http.get("/openapi.json")).json()
+    body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"model", "prompt"} <= set(body["required"])
+
+    def references(node: Any) -> list[str]:
+        if isinstance(node, dict):
+            own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+            return own + [ref for value in node.values() for ref in references(value)]
+        return [ref for value in node for ref in references(value)] if isinstance(node, list) else []
+
+    assert references(document)
+    for reference in references(document):
+        target = document
+        for part in reference.removeprefix("#/").split("/"):
+            target = target[part]
