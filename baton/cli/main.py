@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from baton.cli import demo, model, serve
+from baton.cli import chaos, demo, model, serve
 from baton.common.errors import BatonError, ConfigError
 from benchmarks.serve.command import bench_serve
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
+app.command("chaos")(chaos.chaos)
 app.add_typer(model.app, name="model")
 bench = typer.Typer(help="Measure servers.", no_args_is_help=True)
 bench.command("serve")(bench_serve)

@@ -1,8 +1,8 @@
 """The cluster's controller: a Ray actor that keeps workers started and knows where each of them listens.
 
-It holds nothing that cannot be asked for again. When its process dies, Ray restarts it; it finds the workers by name and
-asks each to start, which a running worker answers with the address it already has. Requests never pass it, so they go
-on while it is away.
+It holds nothing that cannot be asked for again. When its process dies, Ray restarts it; it finds the workers by name
+and asks each to start, which a running worker answers with the address it already has. Requests never pass it, so they
+go on while it is away.
 """
 
 from __future__ import annotations
