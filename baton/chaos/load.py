@@ -1,0 +1,172 @@
+"""The load of a chaos run: streamed completions with token ids over HTTP, and what each client saw of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from baton.chaos.plan import LoadPlan
+from baton.common.errors import BatonError
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request. `temperature` 0 is greedy."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass(slots=True)
+class Stream:
+    """What a client saw of its request. Times are those of `time.monotonic`; `arrivals` has one per chunk with tokens.
+
+    `error` is empty for a stream that ended as it should. `prompt_tokens` and `completion_tokens` are the usage.
+    """
+
+    job: Job
+    started_at: float
+    request_id: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    prompt_tokens: int = -1
+    completion_tokens: int = -1
+    num_refused: int = 0
+    error: str = ""
+    ended_at: float = 0.0
+
+
+class StreamBroken(BatonError):
+    """The server ended a stream with an error, or not as the protocol says."""
+
+
+class ComeAgain(BatonError):
+    """The server refused for now."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"refused, retry after {retry_after_s:g} s")
+        self.retry_after_s = retry_after_s
+
+
+class Jobs:
+    """An endless supply of random jobs, the same for the same seed. Every fifth prompt begins as another one did."""
+
+    def __init__(self, plan: LoadPlan, seed: int, vocab_size: int) -> None:
+        self._plan = plan
+        self._rng = random.Random(f"jobs {seed}")
+        self._vocab_size = vocab_size
+        self._shared = self._tokens(plan.prompt_tokens[1])
+
+    def next(self) -> Job:
+        rng, plan = self._rng, self._plan
+        length = rng.randint(*plan.prompt_tokens)
+        prompt = self._tokens(length)
+        if rng.random() < 0.2:
+            prompt = self._shared[: length // 2] + prompt[length // 2 :]
+        temperature = 0.9 if rng.random() < plan.sampled else 0.0
+        return Job(prompt, rng.randint(*plan.output_tokens), temperature, rng.getrandbits(63))
+
+    def _tokens(self, count: int) -> tuple[int, ...]:
+        return tuple(self._rng.randrange(self._vocab_size) for _ in range(count))
+
+
+class Client:
+    """Streams jobs to one server. `model` is its name in the API."""
+
+    def __init__(self, url: str, model: str, timeout_s: float) -> None:
+        self._model = model
+        self._timeout_s = timeout_s
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        self._http = httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=limits)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def run(self, job: Job) -> Stream:
+        """The whole stream of a job; a refusal (429) is tried again when the server says so."""
+        stream = Stream(job, time.monotonic())
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._until_accepted(stream)
+        except TimeoutError:
+            stream.error = f"not complete after {self._timeout_s:g} s"
+        except (httpx.HTTPError, StreamBroken) as error:
+            stream.error = f"{type(error).__name__}: {error}"
+        stream.ended_at = time.monotonic()
+        return stream
+
+    async def _until_accepted(self, stream: Stream) -> None:
+        while True:
+            try:
+                async for chunk in self.chunks(stream.job):
+                    _take(stream, chunk)
+                return
+            except ComeAgain as refusal:
+                stream.num_refused += 1
+                await asyncio.sleep(refusal.retry_after_s)
+
+    async def chunks(self, job: Job) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of one try. Raises StreamBroken or ComeAgain; whoever closes it early disconnects."""
+        async with self._http.stream("POST", "/v1/completions", json=self._body(job)) as response:
+            if response.status_code == 429:
+                raise ComeAgain(float(response.headers["retry-after"]))
+            if response.status_code != 200:
+                raise StreamBroken(f"status {response.status_code}: {(await response.aread()).decode()}")
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    return
+                if line:
+                    yield json.loads(line.removeprefix("data: "))
+        raise StreamBroken("the stream ended without its last event")
+
+    def _body(self, job: Job) -> dict[str, object]:
+        return {
+            "model": self._model,
+            "prompt": list(job.prompt),
+            "max_tokens": job.max_tokens,
+            "temperature": job.temperature,
+            "seed": job.seed,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+
+def _take(stream: Stream, chunk: dict[str, Any]) -> None:
+    if "error" in chunk:
+        raise StreamBroken(json.dumps(chunk["error"]))
+    stream.request_id = chunk["id"]
+    for choice in chunk["choices"]:
+        if choice["token_ids"]:
+            stream.token_ids += choice["token_ids"]
+            stream.arrivals.append(time.monotonic())
+        stream.finish_reason = choice["finish_reason"] or stream.finish_reason
+    if usage := chunk.get("usage"):
+        stream.prompt_tokens, stream.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+
+
+async def run_load(client: Client, plan: LoadPlan, jobs: Jobs, streams: list[Stream]) -> None:
+    """Keep `plan.concurrency` clients busy until the load is complete; `streams` grows as requests end."""
+    start, num_sent = time.monotonic(), 0
+
+    async def one_client() -> None:
+        nonlocal num_sent
+        while num_sent < plan.requests or time.monotonic() < start + plan.duration_s:
+            num_sent += 1
+            streams.append(await client.run(jobs.next()))
+            await asyncio.sleep(plan.think_s)
+
+    async with asyncio.TaskGroup() as clients:
+        for _ in range(plan.concurrency):
+            clients.create_task(one_client())

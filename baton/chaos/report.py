@@ -1,0 +1,105 @@
+"""The verdict of a chaos run as a table for people and as JSON."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from baton.chaos.faults import Injection
+from baton.chaos.load import Stream
+from baton.chaos.run import Result
+
+MAX_LINES = 20
+NO_FAULT = "before any fault"
+
+
+@dataclass(slots=True)
+class Row:
+    """One kind of fault. Requests count for the latest fault before their end. Seconds are the longest of its kind."""
+
+    injected: int = 0
+    lost: int = 0
+    wrong: int = 0
+    near_ties: int = 0
+    stall_s: float = 0.0
+    complete_s: float = 0.0
+    never_complete: int = 0
+
+
+def rows(result: Result) -> dict[str, Row]:
+    """By label, in the order in which they were first injected."""
+    table: dict[str, Row] = defaultdict(Row)
+    for injection in result.faults:
+        row = table[injection.label]
+        row.injected += 1
+        row.stall_s = max(row.stall_s, longest_stall_s(result.streams, injection.at))
+        if injection.complete_after_s is None:
+            row.never_complete += 1
+        else:
+            row.complete_s = max(row.complete_s, injection.complete_after_s)
+    for index, stream in enumerate(result.streams):
+        name = _blamed(result.faults, stream)
+        table[name].lost += index in result.lost
+        table[name].wrong += index in result.wrong
+        table[name].near_ties += result.near_ties.get(index, 0)
+    return dict(table)
+
+
+def longest_stall_s(streams: list[Stream], at: float) -> float:
+    """Of the streams that ran at that time: the longest wait for the next token."""
+    running = (stream for stream in streams if stream.started_at <= at < stream.ended_at)
+    following = (next((arrival for arrival in stream.arrivals if arrival > at), at) for stream in running)
+    return max((arrival - at for arrival in following), default=0.0)
+
+
+def _blamed(faults: list[Injection], stream: Stream) -> str:
+    before = [injection for injection in faults if injection.at <= stream.ended_at]
+    return max(before, key=lambda injection: injection.at).label if before else NO_FAULT
+
+
+def print_report(console: Console, result: Result) -> None:
+    table = Table(
+        title="What the faults did",
+        caption="requests lost, with wrong tokens; longest stall of a stream; seconds until the cluster was whole",
+    )
+    table.add_column("fault", no_wrap=True)
+    for name in ("done", "lost", "wrong", "near-ties", "stall s", "whole s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in rows(result).items():
+        whole = "never" if row.never_complete else f"{row.complete_s:.1f}"
+        counts = (row.injected, row.lost, row.wrong, row.near_ties)
+        table.add_row(name, *map(str, counts), *((f"{row.stall_s:.2f}", whole) if row.injected else "--"))
+    console.print(table)
+    console.print(
+        f"{len(result.streams)} requests, {result.num_tokens} tokens in {result.load_s:.0f} s: "
+        f"{len(result.lost)} lost, {len(result.wrong)} wrong, {sum(result.near_ties.values())} near-ties; "
+        f"at rest after {result.at_rest_s:.1f} s, {result.blocks_leaked} blocks leaked, "
+        f"{result.processes_left} processes left",
+        highlight=False,
+    )
+    for kind, lines in (("lost", result.lost.values()), ("wrong", result.wrong.values()), ("", result.problems)):
+        for line in list(lines)[:MAX_LINES]:
+            console.print(f"{kind}: {line}" if kind else line, markup=False, highlight=False)
+    console.print("all invariants held" if result.is_good else "VIOLATED", style="green" if result.is_good else "red")
+
+
+def as_dict(result: Result) -> dict[str, object]:
+    table = {
+        name: {field: getattr(row, field) for field in Row.__dataclass_fields__} for name, row in rows(result).items()
+    }
+    return {
+        "ok": result.is_good,
+        "requests": len(result.streams),
+        "tokens": result.num_tokens,
+        "load_s": round(result.load_s, 3),
+        "at_rest_s": round(result.at_rest_s, 3),
+        "blocks_leaked": result.blocks_leaked,
+        "processes_left": result.processes_left,
+        "faults": table,
+        "lost": list(result.lost.values()),
+        "wrong": list(result.wrong.values()),
+        "problems": result.problems,
+    }
