@@ -14,7 +14,7 @@ from baton.engine.block_pool import BlockPool
 from baton.engine.kv_layout import DTYPES, KVLayout
 from baton.engine.loop import Engine
 from baton.engine.models.config import ModelConfig, load_model_config
-from baton.engine.models.llama import LlamaForCausalLM
+from baton.engine.models.decoder import Decoder
 from baton.engine.models.loader import fill_random, load_checkpoint, model_hash, random_hash
 from baton.engine.pool_size import checked_num_blocks, cpu_num_blocks, measured_num_blocks
 from baton.engine.ports import Ports
@@ -75,9 +75,9 @@ def resolve_max_model_len(config: EngineConfig, model_config: ModelConfig) -> in
 
 def _load(
     config: ModelConfig, max_model_len: int, dtype: torch.dtype, device: torch.device, model_dir: Path | None
-) -> LlamaForCausalLM:
+) -> Decoder:
     try:
-        model = LlamaForCausalLM(config, max_model_len, dtype, device)
+        model = Decoder(config, max_model_len, dtype, device)
         if model_dir is None:
             fill_random(model)
         else:
@@ -87,9 +87,7 @@ def _load(
     return model
 
 
-def _runner(
-    model: LlamaForCausalLM, layout: KVLayout, config: EngineConfig, max_model_len: int, device: torch.device
-) -> Runner:
+def _runner(model: Decoder, layout: KVLayout, config: EngineConfig, max_model_len: int, device: torch.device) -> Runner:
     backend = make_backend(device)
     if config.num_blocks is not None:
         num_blocks = config.num_blocks

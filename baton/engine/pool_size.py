@@ -12,7 +12,7 @@ from baton.common.errors import ConfigError
 from baton.engine.attention.base import AttentionBackend
 from baton.engine.batch import Batch
 from baton.engine.kv_layout import KVLayout
-from baton.engine.models.llama import LlamaForCausalLM
+from baton.engine.models.decoder import Decoder
 from baton.engine.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def checked_num_blocks(num_blocks: int, layout: KVLayout, max_model_len: int) ->
 
 
 def measured_num_blocks(
-    model: LlamaForCausalLM, backend: AttentionBackend, layout: KVLayout, config: EngineConfig, max_model_len: int
+    model: Decoder, backend: AttentionBackend, layout: KVLayout, config: EngineConfig, max_model_len: int
 ) -> int:
     """What the GPU has left for the cache beside weights, the largest step and the share that it must keep free.
 
@@ -64,7 +64,7 @@ def measured_num_blocks(
 
 
 def _largest_step_bytes(
-    model: LlamaForCausalLM, backend: AttentionBackend, layout: KVLayout, config: EngineConfig, max_model_len: int
+    model: Decoder, backend: AttentionBackend, layout: KVLayout, config: EngineConfig, max_model_len: int
 ) -> int:
     batch = _profiling_batch(config, max_model_len)
     kv_cache = layout.allocate(batch.block_tables.shape[1], model.device)

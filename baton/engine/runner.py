@@ -13,7 +13,7 @@ from baton.common.sampling import SamplingParams
 from baton.engine.attention.base import AttentionBackend, AttentionMetadata
 from baton.engine.batch import Batch
 from baton.engine.kv_layout import KVLayout
-from baton.engine.models.llama import LlamaForCausalLM
+from baton.engine.models.decoder import Decoder
 from baton.engine.request import Request
 from baton.engine.sampler import SamplingRows, sample, sampling_rows
 
@@ -28,9 +28,7 @@ class Runner:
     announced to them, after the event that came with the announcement.
     """
 
-    def __init__(
-        self, model: LlamaForCausalLM, kv_cache: torch.Tensor, layout: KVLayout, backend: AttentionBackend
-    ) -> None:
+    def __init__(self, model: Decoder, kv_cache: torch.Tensor, layout: KVLayout, backend: AttentionBackend) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.layout = layout

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from baton.common.errors import ConfigError
 from baton.engine.models.config import load_model_config
-from baton.engine.models.llama import LlamaForCausalLM
+from baton.engine.models.decoder import Decoder
 from baton.engine.models.loader import fill_random, load_checkpoint, model_hash
 from tests.support.tiny_model import make_tiny_llama
 
 CPU = torch.device("cpu")
 
 
-def empty_model(model_dir: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM(load_model_config(model_dir), 64, torch.float32, CPU)
+def empty_model(model_dir: Path) -> Decoder:
+    return Decoder(load_model_config(model_dir), 64, torch.float32, CPU)
 
 
 def rewrite(model_dir: Path, change: dict[str, torch.Tensor | None]) -> None:

@@ -1,4 +1,4 @@
-"""Llama: weights and forward pass over a ragged batch. Runs on the engine thread and its current stream.
+"""The model: weights and forward pass of a dense decoder over a ragged batch. Engine thread, its current stream.
 
 Products that share their input are fused. The residual stream is carried beside the hidden states, so that adding and
 normalising can be one kernel.
@@ -76,7 +76,7 @@ class DecoderLayer:
         }
 
 
-class LlamaForCausalLM:
+class Decoder:
     """Weights are uninitialised until a loader has filled `checkpoint_views`."""
 
     def __init__(self, config: ModelConfig, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
