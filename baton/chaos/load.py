@@ -93,8 +93,13 @@ class Client:
         await self._http.aclose()
 
     async def run(self, job: Job) -> Stream:
-        """The whole stream of a job; a refusal (429) is tried again when the server says so."""
+        """The whole stream of a job."""
         stream = Stream(job, time.monotonic())
+        await self.fill(stream)
+        return stream
+
+    async def fill(self, stream: Stream) -> None:
+        """Send the stream's job and take what comes; a refusal (429) is tried again when the server says so."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._until_accepted(stream)
@@ -103,7 +108,6 @@ class Client:
         except (httpx.HTTPError, StreamBroken) as error:
             stream.error = f"{type(error).__name__}: {error}"
         stream.ended_at = time.monotonic()
-        return stream
 
     async def _until_accepted(self, stream: Stream) -> None:
         while True:
@@ -122,11 +126,10 @@ class Client:
                 raise ComeAgain(float(response.headers["retry-after"]))
             if response.status_code != 200:
                 raise StreamBroken(f"status {response.status_code}: {(await response.aread()).decode()}")
-            async for line in response.aiter_lines():
-                if line == "data: [DONE]":
+            async for event in _events(response):
+                if event == b"[DONE]":
                     return
-                if line:
-                    yield json.loads(line.removeprefix("data: "))
+                yield json.loads(event)
         raise StreamBroken("the stream ended without its last event")
 
     def _body(self, job: Job) -> dict[str, object]:
@@ -141,6 +144,16 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+
+
+async def _events(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    """The data of server-sent events. By hand: httpx would also break lines at characters within the text."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: "):
+                yield line.removeprefix(b"data: ")
 
 
 def _take(stream: Stream, chunk: dict[str, Any]) -> None:

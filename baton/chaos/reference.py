@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from baton.engine.models.config import load_model_config
 from baton.engine.models.loader import checkpoint_files
@@ -70,11 +70,9 @@ class Reference:
         q = _rotated(self._project(x, f"{prefix}q_proj").view(n, c.num_heads, c.head_dim), cos, sin)
         k = _rotated(self._project(x, f"{prefix}k_proj").view(n, c.num_kv_heads, c.head_dim), cos, sin)
         v = self._project(x, f"{prefix}v_proj").view(n, c.num_kv_heads, c.head_dim)
-        k, v = (t.repeat_interleave(c.num_heads // c.num_kv_heads, dim=1) for t in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q, k) * c.head_dim**-0.5
-        future = torch.ones(n, n, dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
-        return self._project(torch.einsum("hqk,khd->qhd", weights, v).flatten(1), f"{prefix}o_proj")
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, num_heads, num_tokens, head_dim]
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self._project(attended[0].transpose(0, 1).flatten(1), f"{prefix}o_proj")
 
     def _project(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from baton.chaos.cluster import Size, TargetCluster, model_directory, target_cluster
 from baton.chaos.faults import FaultSeries, Injection
 from baton.chaos.load import Client, Jobs, Stream, run_load
@@ -18,7 +20,7 @@ from baton.chaos.watch import BlockWatch, until_at_rest, until_complete
 from baton.engine.models.config import load_model_config
 
 _BYTES = 256  # token ids of prompts stay below special tokens of a byte-level vocabulary
-_PROCESSES_END_S = 15.0
+_LOOK_S, _MAX_LOOKS = 0.2, 75  # for the end of the last processes
 
 
 @dataclass(slots=True)
@@ -46,6 +48,7 @@ def run_plan(plan: ChaosPlan, announce: Callable[[str], None]) -> Result:
     """Raises ConfigError for a wrong setting and BatonError where the cluster does not come up at all."""
     with model_directory(plan) as model:
         result = asyncio.run(_run(plan, model, announce))
+        torch.set_num_threads(1)  # the forwards are too small to share
         announce(f"load over after {result.load_s:.0f} s; judging {len(result.streams)} requests")
         judge(result, Reference(model))
     return result
@@ -55,14 +58,15 @@ async def _run(plan: ChaosPlan, model: Path, announce: Callable[[str], None]) ->
     result = Result()
     async with target_cluster(plan, model, announce) as cluster:
         await disturb(plan, cluster, min(load_model_config(model).vocab_size, _BYTES), result)
-    result.processes_left = await _processes_left(cluster, _PROCESSES_END_S)
+    result.processes_left = await _processes_left(cluster)
     return result
 
 
-async def _processes_left(cluster: TargetCluster, timeout_s: float) -> int:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and cluster.processes():
-        await asyncio.sleep(0.2)
+async def _processes_left(cluster: TargetCluster) -> int:
+    for _ in range(_MAX_LOOKS):
+        if not cluster.processes():
+            break
+        await asyncio.sleep(_LOOK_S)
     return len(cluster.processes())
 
 

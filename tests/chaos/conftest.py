@@ -1,0 +1,45 @@
+"""One cluster for all chaos tests: router in this process, two prefill and two decode workers as Ray actors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import torch
+
+from baton.chaos.cluster import target_cluster
+from baton.chaos.load import Client
+from baton.chaos.plan import ChaosPlan
+from baton.chaos.reference import Reference
+from tests.chaos.harness import Harness
+from tests.support.oracle import GreedyOracle
+from tests.support.tiny_model import make_tiny_llama
+
+LEASE_S = 4.0
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return make_tiny_llama(tmp_path_factory.mktemp("chaos") / "tiny")
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def running_cluster(model: Path) -> AsyncIterator[Harness]:
+    config: dict[str, object] = {"transfer.lease_s": LEASE_S, "engine.max_num_batched_tokens": 128}
+    async with target_cluster(ChaosPlan(config=config), model, print) as cluster:
+        client = Client(cluster.url, await cluster.model_name(), 60.0)
+        size = await cluster.size()
+        yield Harness(cluster, client, size, GreedyOracle.load(model), Reference(model))
+        await client.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def harness(running_cluster: Harness) -> AsyncIterator[Harness]:
+    """Whole and at rest before every test, and no block or slot in use after it."""
+    await running_cluster.complete()
+    await running_cluster.at_rest(10.0)
+    yield running_cluster
+    await running_cluster.at_rest(10.0)

@@ -1,0 +1,54 @@
+"""Rows of the failure table: corrupt blocks, and control messages that are lost, doubled or late."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.chaos.conftest import LEASE_S
+from tests.chaos.harness import Harness, job
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="session")]
+
+
+async def test_a_corrupt_block_is_computed_again(harness: Harness) -> None:
+    async with harness.injected(corruption=1.0):
+        running = harness.start(job(300, 40, seed=4))
+        await harness.check(running)
+    outcomes = await harness.attempts(running)
+    stall_s = running.stream.arrivals[1] - running.stream.arrivals[0]
+    print(f"attempts {outcomes}, second token {stall_s:.2f} s after the first")
+    assert outcomes[0].startswith("failed (corrupt)")
+    assert outcomes[-1] == "finished"
+    assert stall_s < 3.0
+
+
+async def test_a_few_flipped_bits_under_load(harness: Harness) -> None:
+    async with harness.injected(corruption=0.1):
+        await harness.check(*harness.start_many(24, 150, 30, seed=5))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"frame_delay_s": 0.02, "frame_jitter_s": 0.2}, {"frame_duplication": 0.5}, {"frame_loss": 0.03}],
+    ids=["late", "doubled", "lost"],
+)
+async def test_messages(harness: Harness, settings: dict[str, float]) -> None:
+    """Nothing worse than a stall until the lease ends: never a wrong token, and nothing stays leased."""
+    start = time.monotonic()
+    async with harness.injected(**settings):
+        streams = harness.start_many(24, 150, 30, seed=6)
+        await harness.check(*streams)
+    gaps = [b - a for one in streams for a, b in zip(one.stream.arrivals, one.stream.arrivals[1:], strict=False)]
+    print(f"{settings}: {time.monotonic() - start:.1f} s in all, longest stall {max(gaps):.2f} s")
+    assert max(gaps) < 2 * LEASE_S
+    await harness.complete()
+    print(f"at rest {await harness.at_rest(LEASE_S + 3.0):.1f} s later")
+
+
+async def test_a_slow_link_is_only_slow(harness: Harness) -> None:
+    async with harness.injected(bytes_per_s=500_000):
+        streams = harness.start_many(6, 200, 20, seed=7)
+        await harness.check(*streams)
+    assert {(await harness.record(one))["path"] for one in streams} == {"remote"}
