@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +15,7 @@ import grpc.aio
 from baton.common.clock import Clock
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
-from router.worker_session import AttachCall, Outbox, SessionObserver, WorkerSession
+from router.worker_session import AttachCall, SessionObserver, WorkerSession
 
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 2.0
 _CHANNEL_OPTIONS = (
@@ -74,12 +73,10 @@ class WorkerLink:
 
     async def _attach_once(self) -> bool:
         """Dial and serve one session to its end. Returns whether the worker ever said hello."""
-        outbox: Outbox = asyncio.Queue()
-        outbox.put_nowait(self._hello())
         async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
-            call = pb_grpc.WorkerStub(channel).Attach(_drain(outbox))
+            call = pb_grpc.WorkerStub(channel).Attach(None)
             try:
-                hello = await asyncio.wait_for(_read_hello(call), self._settings.heartbeat_timeout_s)
+                hello = await asyncio.wait_for(self._greet(call), self._settings.heartbeat_timeout_s)
             except TimeoutError:
                 self.last_error = f"no hello within {self._settings.heartbeat_timeout_s:g} s"
             except grpc.aio.AioRpcError as error:
@@ -87,21 +84,21 @@ class WorkerLink:
             except ConnectionError as error:
                 self.last_error = str(error)
             else:
-                await self._serve(call, WorkerSession(self.address, hello, outbox, self._observer, self._clock))
+                await self._serve(call, WorkerSession(self.address, hello, self._observer, self._clock))
                 return True
             finally:
                 call.cancel()
             return False
 
-    def _hello(self) -> pb.RouterFrame:
+    async def _greet(self, call: AttachCall) -> pb.WorkerHello:
         settings = self._settings
-        return pb.RouterFrame(
-            hello=pb.AttachHello(
-                router_id=settings.router_id,
-                heartbeat_interval_s=settings.heartbeat_interval_s,
-                heartbeat_timeout_s=settings.heartbeat_timeout_s,
-            )
+        hello = pb.AttachHello(
+            router_id=settings.router_id,
+            heartbeat_interval_s=settings.heartbeat_interval_s,
+            heartbeat_timeout_s=settings.heartbeat_timeout_s,
         )
+        await call.write(pb.RouterFrame(hello=hello))
+        return await _read_hello(call)
 
     async def _serve(self, call: AttachCall, session: WorkerSession) -> None:
         self._observer.on_attached(session)
@@ -112,11 +109,6 @@ class WorkerLink:
             _log.warning("worker %s at %s is lost: %s", session.worker_id, self.address, reason)
         finally:
             self._observer.on_lost(session)
-
-
-async def _drain(outbox: Outbox) -> AsyncIterator[pb.RouterFrame]:
-    while True:
-        yield await outbox.get()
 
 
 async def _read_hello(call: AttachCall) -> pb.WorkerHello:

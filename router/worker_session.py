@@ -18,7 +18,6 @@ from protos import worker_pb2 as pb
 from router.policy import StepTimes, WorkerSnapshot
 
 AttemptId = tuple[str, int]
-Outbox = asyncio.Queue[pb.RouterFrame]
 AttachCall = grpc.aio.StreamStreamCall[pb.RouterFrame, pb.WorkerFrame]
 _DEFAULT_BUSY_S = 0.05
 _log = logging.getLogger("baton.router")
@@ -57,9 +56,7 @@ class SessionObserver(Protocol):
 class WorkerSession:
     """`hello` is what the worker said first. `enlist` and `send` are for attempts, `run` is for the link."""
 
-    def __init__(
-        self, address: str, hello: pb.WorkerHello, outbox: Outbox, observer: SessionObserver, clock: Clock
-    ) -> None:
+    def __init__(self, address: str, hello: pb.WorkerHello, observer: SessionObserver, clock: Clock) -> None:
         self.address = address
         self.hello = hello
         self.worker_id = hello.worker_id
@@ -68,7 +65,7 @@ class WorkerSession:
         self.lost = False
         self._observer = observer
         self._clock = clock
-        self._outbox = outbox
+        self._outbox: asyncio.Queue[pb.RouterFrame] = asyncio.Queue()
         self._sinks: dict[AttemptId, AttemptSink] = {}
         self._pending_prefill: dict[AttemptId, int] = {}
         self._foreign_requests = 0
@@ -142,6 +139,7 @@ class WorkerSession:
         """Serve the stream until it ends; return why it did. Every attempt here is told before this returns."""
         tasks = [
             asyncio.create_task(self._read(call)),
+            asyncio.create_task(self._write(call)),
             asyncio.create_task(self._beat(interval_s)),
             asyncio.create_task(self._watch(interval_s, timeout_s)),
         ]
@@ -167,6 +165,10 @@ class WorkerSession:
             self._last_heard = self._clock.now()
             self._dispatch(frame)
         return "the worker closed the stream"
+
+    async def _write(self, call: AttachCall) -> str:
+        while True:
+            await call.write(await self._outbox.get())
 
     async def _beat(self, interval_s: float) -> str:
         while True:
