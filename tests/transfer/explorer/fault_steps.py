@@ -1,0 +1,102 @@
+"""Steps that are drawn from the fault budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kv_transfer import events as ev
+from tests.transfer.explorer import router
+from tests.transfer.explorer.link_steps import (
+    decode_gone,
+    decode_loses,
+    epoch_of,
+    prefill_gone,
+    prefill_loses,
+    unpacked,
+)
+from tests.transfer.explorer.parts import Phase, PrefillEngine
+from tests.transfer.explorer.perform import feed
+from tests.transfer.explorer.worker_steps import put_work
+from tests.transfer.explorer.world import BUDGET, PROTO, World
+
+
+def refuse(world: World, worker: int, key: ev.AttemptKey) -> None:
+    engine: PrefillEngine = world.engine(worker)
+    work = next(item for item in engine.work if item.key == key)
+    put_work(world, worker, engine.free, work, work._replace(computing=False))
+    feed(world, worker, ev.PrefillFailed(key, "busy"))
+
+
+def tick(world: World, worker: int) -> None:
+    """Time passes at one worker until its next deadline; its reaper has ticked before that."""
+    feed(world, worker, ev.Tick(world.state(worker).now))
+    due = world.state(worker).next_deadline()
+    if due is not None:
+        feed(world, worker, ev.Tick(due))
+
+
+def crash(world: World, worker: int) -> None:
+    """The process dies and a new one takes its place: its sides of all epochs are gone at once."""
+    model = world.model
+    world.values[model.slot(worker, PROTO)] = model.fresh_protocol(worker)
+    engine = world.engine(worker)
+    fresh = model.fresh_engine(worker, engine.incarnation + 1)
+    world.set_engine(worker, fresh)
+    router.on_crash(world, worker)
+    for prefill in range(model.config.prefills):
+        for decode in range(model.config.decodes):
+            for epoch in world.pair(prefill, decode).epochs:
+                if worker == prefill:
+                    world.set_epoch(prefill, decode, prefill_gone(epoch))
+                elif worker == model.config.prefills + decode:
+                    world.set_epoch(prefill, decode, decode_gone(epoch))
+
+
+def messages(world: World, channel: str, where: tuple[int, ...]) -> tuple[Any, ...]:
+    if channel == "inbox":
+        return world.values[world.model.inbox_slot(*where)]  # type: ignore[no-any-return]
+    return getattr(epoch_of(world, *where)[0], channel)  # type: ignore[no-any-return]
+
+
+def put_messages(world: World, channel: str, where: tuple[int, ...], messages: tuple[Any, ...]) -> None:
+    if channel == "inbox":
+        world.values[world.model.inbox_slot(*where)] = messages
+        return
+    epoch = epoch_of(world, *where)[0]
+    to_decode = channel == "to_decode"
+    changed = epoch._replace(to_decode=messages) if to_decode else epoch._replace(to_prefill=messages)
+    world.set_epoch(where[0], where[1], changed)
+
+
+def lose(world: World, channel: str, *where: int) -> None:
+    put_messages(world, channel, where, messages(world, channel, where)[1:])
+    mark_lossy(world, channel)
+
+
+def dup(world: World, channel: str, *where: int) -> None:
+    held = messages(world, channel, where)
+    put_messages(world, channel, where, (*held, held[0]))
+
+
+def swap(world: World, channel: str, *where: int) -> None:
+    first, second, *rest = messages(world, channel, where)
+    put_messages(world, channel, where, (second, first, *rest))
+    mark_lossy(world, channel)
+
+
+def mark_lossy(world: World, channel: str) -> None:
+    field = "router_lossy" if channel == "inbox" else "peer_lossy"
+    world.values[BUDGET] = world.budget._replace(**{field: True})
+
+
+def cancel(world: World, index: int) -> None:
+    router.abandon(world, index, None, Phase.CANCELLED)
+
+
+def corrupt(world: World, p: int, d: int, number: int) -> None:
+    unpacked(world, p, d, number, False)
+
+
+def suspect(world: World, p: int, d: int, number: int, by_prefill: bool) -> None:
+    """One side takes the other for dead while it acts on."""
+    (prefill_loses if by_prefill else decode_loses)(world, p, d, number)

@@ -1,0 +1,202 @@
+"""The components that a model world is made of: immutable values, interned by the search."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from kv_transfer.events import AttemptKey, DecodeEvent
+from kv_transfer.messages import DecodeMessage, LeaseKey, PrefillMessage, Segment
+
+
+class Violation(Exception):
+    """An invariant does not hold. The text says which."""
+
+
+class Phase(IntEnum):
+    IDLE = 0
+    OPENING = 1
+    PREFILLING = 2
+    OK = 3
+    FAILED = 4
+    CANCELLED = 5
+
+
+class Side(IntEnum):
+    GONE = 0
+    CLOSING = 1
+    UP = 2
+
+
+# ---- router
+
+
+class RouterRequest(NamedTuple):
+    """`base`: tokens emitted before the current attempt; `emitted`: tokens that the client has."""
+
+    phase: Phase = Phase.IDLE
+    attempt: int = 0
+    base: int = 0
+    emitted: int = 0
+
+
+class Router(NamedTuple):
+    """`attached`: whether the stream to each worker is whole. A crash breaks it until the router attaches anew."""
+
+    requests: tuple[RouterRequest, ...]
+    attached: tuple[bool, ...]
+
+
+class OpenCommand(NamedTuple):
+    key: AttemptKey
+    base: int
+
+
+class PrefillCommand(NamedTuple):
+    key: AttemptKey
+    base: int
+    lease: LeaseKey
+    first_block: int
+
+
+class CancelCommand(NamedTuple):
+    key: AttemptKey
+
+
+Command = OpenCommand | PrefillCommand | CancelCommand
+
+
+class Budget(NamedTuple):
+    """Faults left, and whether a message was lost or overtaken between workers, or from the router."""
+
+    left: int
+    peer_lossy: bool = False
+    router_lossy: bool = False
+
+
+# ---- workers
+
+
+class PrefillWork(NamedTuple):
+    """An attempt in the prefill engine. `stage`: segments emitted. `holds`: it has its blocks."""
+
+    key: AttemptKey
+    base: int
+    stage: int = 0
+    holds: bool = False
+    computing: bool = True
+
+
+class PrefillEngine(NamedTuple):
+    """`reported`, `released`: what was said and given back. `deadlines`: of the first command of each attempt."""
+
+    incarnation: int
+    free: int
+    work: tuple[PrefillWork, ...] = ()
+    reported: tuple[AttemptKey, ...] = ()
+    released: tuple[AttemptKey, ...] = ()
+    deadlines: tuple[tuple[AttemptKey, float], ...] = ()
+
+
+class Reserved(NamedTuple):
+    """Blocks of a lease: `blocks[i]` is the physical block of logical block first_block + i."""
+
+    lease: int
+    generation: int
+    key: AttemptKey
+    base: int
+    first_block: int
+    blocks: tuple[int, ...]
+
+
+class Running(NamedTuple):
+    key: AttemptKey
+    position: int
+    blocks: tuple[int, ...]
+
+
+Content = tuple[str, int] | None  # whose data a physical block holds: (request, logical block)
+
+
+class DecodeEngine(NamedTuple):
+    """`stamp` gives generations and never repeats over incarnations. `deadlines`: of the first open of each attempt."""
+
+    incarnation: int
+    stamp: int
+    free: tuple[int, ...]
+    contents: tuple[Content, ...]
+    reserved: tuple[Reserved, ...] = ()
+    running: tuple[Running, ...] = ()
+    replies: tuple[tuple[AttemptKey, DecodeEvent], ...] = ()
+    reported: tuple[AttemptKey, ...] = ()
+    admitted: tuple[LeaseKey, ...] = ()
+    deadlines: tuple[tuple[AttemptKey, float], ...] = ()
+
+
+# ---- between a prefill and a decode worker
+
+
+class Tag(NamedTuple):
+    """What staged bytes are: whose KV they hold and the name under which they were fingerprinted."""
+
+    request: str
+    lease: LeaseKey
+    segment: Segment
+
+
+class PackJob(NamedTuple):
+    seq: int
+    slot: int
+    key: AttemptKey
+    lease: LeaseKey
+    segment: Segment
+
+
+class SendJob(NamedTuple):
+    """`moved`: the bytes have left, SendDone is due."""
+
+    seq: int
+    slot: int
+    tag: Tag
+    moved: bool = False
+
+
+class RecvJob(NamedTuple):
+    """`tag`: the bytes that have arrived, Received is due."""
+
+    seq: int
+    slot: int
+    tag: Tag | None = None
+
+
+class UnpackJob(NamedTuple):
+    seq: int
+    slot: int
+    lease: LeaseKey
+    segment: Segment
+    block: int
+    tag: Tag
+
+
+class Epoch(NamedTuple):
+    """One connection. `packed` are send slots that wait for their StartSend."""
+
+    number: int
+    prefill: Side = Side.UP
+    decode: Side = Side.UP
+    to_decode: tuple[PrefillMessage, ...] = ()
+    to_prefill: tuple[DecodeMessage, ...] = ()
+    packs: tuple[PackJob, ...] = ()
+    packed: tuple[SendJob, ...] = ()
+    sends: tuple[SendJob, ...] = ()
+    recvs: tuple[RecvJob, ...] = ()
+    unpacks: tuple[UnpackJob, ...] = ()
+    next_send: int = 0
+    next_recv: int = 0
+
+
+class Pair(NamedTuple):
+    """All connections of one pair that either side still knows. `made`: how many there were."""
+
+    made: int
+    epochs: tuple[Epoch, ...]

@@ -1,0 +1,131 @@
+"""The router as far as the hand-over sees it: opens, prefills, resubmits, cancels, fences.
+
+Words from workers (`World.calls`) reach it at the end of the step that says them; its commands wait in an inbox for as
+long as the search likes. A later word would only delay the commands that answer it, which the inbox does already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kv_transfer.events import AttemptKey
+from kv_transfer.messages import LeaseKey
+from tests.transfer.explorer.parts import (
+    CancelCommand,
+    Command,
+    OpenCommand,
+    Phase,
+    PrefillCommand,
+    RouterRequest,
+    Violation,
+)
+from tests.transfer.explorer.world import ROUTER, TO_DECODE, TO_PREFILL, World
+
+
+def active(request: RouterRequest) -> bool:
+    return request.phase in (Phase.OPENING, Phase.PREFILLING)
+
+
+def key_of(world: World, index: int) -> AttemptKey:
+    return AttemptKey(world.model.request_names[index], world.router.requests[index].attempt)
+
+
+def workers_of(world: World, index: int) -> tuple[int, int]:
+    """The prefill and the decode worker of a request."""
+    spec = world.model.config.requests[index]
+    return spec.prefill, world.model.config.prefills + spec.decode
+
+
+def put(world: World, index: int, request: RouterRequest) -> None:
+    requests = world.router.requests
+    world.values[ROUTER] = world.router._replace(requests=(*requests[:index], request, *requests[index + 1 :]))
+
+
+def command(world: World, worker: int, what: Command) -> None:
+    """Send it; a stream to a process that is gone swallows it."""
+    if world.router.attached[worker]:
+        role = TO_PREFILL if world.model.is_prefill(worker) else TO_DECODE
+        slot = world.model.inbox_slot(world.model.request_index[what.key.request_id], role)
+        world.values[slot] = (*world.values[slot], what)
+
+
+def open_request(world: World, index: int) -> None:
+    request = world.router.requests[index]
+    put(world, index, request._replace(phase=Phase.OPENING, base=request.emitted))
+    _, decode = workers_of(world, index)
+    command(world, decode, OpenCommand(key_of(world, index), request.emitted))
+
+
+def _current(world: World, key: AttemptKey) -> int | None:
+    """Index of the request if `key` is its attempt in progress: everything else is fenced off (I8)."""
+    index = world.model.request_index[key.request_id]
+    request = world.router.requests[index]
+    return index if active(request) and request.attempt == key.attempt else None
+
+
+def on_reserved(world: World, key: AttemptKey, lease: LeaseKey, first_block: int) -> None:
+    index = _current(world, key)
+    if index is None or world.router.requests[index].phase is not Phase.OPENING:
+        return
+    request = world.router.requests[index]
+    put(world, index, request._replace(phase=Phase.PREFILLING))
+    command(world, workers_of(world, index)[0], PrefillCommand(key, request.base, lease, first_block))
+
+
+def on_failed(world: World, worker: int, key: AttemptKey) -> None:
+    index = _current(world, key)
+    if index is not None:
+        abandon(world, index, worker, Phase.FAILED)
+
+
+def abandon(world: World, index: int, informant: int | None, final: Phase) -> None:
+    """Give the attempt up, tell whoever does not know, and try again unless `final` is the client's wish."""
+    request = world.router.requests[index]
+    for worker in workers_of(world, index):
+        if worker != informant:
+            command(world, worker, CancelCommand(key_of(world, index)))
+    again = final is Phase.FAILED and request.attempt + 1 < world.model.config.attempts
+    attempt = request.attempt + 1 if again else request.attempt
+    put(world, index, request._replace(phase=Phase.IDLE if again else final, attempt=attempt))
+
+
+def on_token(world: World, key: AttemptKey, position: int) -> None:
+    index = _current(world, key)
+    if index is None:
+        return
+    request = world.router.requests[index]
+    if position != request.emitted:
+        raise Violation(f"I8: {key} brings position {position} after {request.emitted} tokens")
+    done = position + 1 == world.model.config.requests[index].tokens
+    put(world, index, request._replace(emitted=position + 1, phase=Phase.OK if done else request.phase))
+
+
+def on_worker_lost(world: World, worker: int) -> None:
+    """The router notices that the stream broke, and attaches to the successor."""
+    attached = list(world.router.attached)
+    attached[worker] = True
+    world.values[ROUTER] = world.router._replace(attached=tuple(attached))
+    for index, request in enumerate(world.router.requests):
+        if active(request) and worker in workers_of(world, index):
+            abandon(world, index, worker, Phase.FAILED)
+
+
+def on_crash(world: World, worker: int) -> None:
+    """The stream breaks: what was on its way is gone, what is sent is swallowed until the router notices."""
+    attached = list(world.router.attached)
+    attached[worker] = False
+    world.values[ROUTER] = world.router._replace(attached=tuple(attached))
+    role = TO_PREFILL if world.model.is_prefill(worker) else TO_DECODE
+    for index in range(len(world.router.requests)):
+        if worker in workers_of(world, index):
+            world.values[world.model.inbox_slot(index, role)] = ()
+
+
+def hear(world: World) -> None:
+    """Take what the step in hand said to the router."""
+    for name, *what in world.calls:
+        HEARD[name](world, *what)
+    world.calls = []
+
+
+HEARD: dict[str, Callable[..., None]] = {"reserved": on_reserved, "failed": on_failed, "token": on_token}

@@ -1,0 +1,144 @@
+"""Breadth-first search over all worlds, and the report of what it found.
+
+States are keys: the numbers of their interned components, packed. Two states are the same only if every component is
+equal (no hash compaction), up to the symmetries of the configuration.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from array import array
+from dataclasses import dataclass, field
+
+from tests.transfer.explorer.config import Config
+from tests.transfer.explorer.endings import Endings
+from tests.transfer.explorer.moves import SEVERAL, Key, Move, Moves
+from tests.transfer.explorer.parts import Violation
+from tests.transfer.explorer.symmetry import canonical, renamings
+from tests.transfer.explorer.trace import readable
+from tests.transfer.explorer.world import Model
+
+
+@dataclass(slots=True)
+class Result:
+    """`violation` is None and `exhausted` True when every reachable state was visited and none was wrong."""
+
+    config: Config
+    states: int = 0
+    transitions: int = 0
+    quiet: int = 0
+    seconds: float = 0.0
+    exhausted: bool = False
+    violation: str | None = None
+    trace: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.config.name}: {self.states} states, {self.transitions} transitions, {self.quiet} quiet states, "
+            f"{self.seconds:.1f} s",
+            f"frontier exhausted: {'yes' if self.exhausted else 'no'}",
+        ]
+        if self.violation is not None:
+            lines += [f"VIOLATION {self.violation}", *self.trace]
+        return "\n".join(lines)
+
+
+class Search:
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.model = Model(config)
+        self.group = renamings(self.model)
+        self.numbers: dict[bytes, int] = {}
+        self.keys: list[bytes] = []
+        self.parents = array("l")
+        self.moves = Moves(self.model)
+        self.endings = Endings(self.moves)
+        self.result = Result(config)
+
+    def run(self, max_states: int = 50_000_000, max_seconds: float = 3600.0) -> Result:
+        """Visit everything, or stop at the first violation or at a limit. The collector is off: nothing is cyclic."""
+        start = time.process_time()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            self._visit(max_states, start + max_seconds)
+        finally:
+            if collecting:
+                gc.enable()
+        self.result.states = len(self.keys)
+        self.result.seconds = time.process_time() - start
+        return self.result
+
+    def _visit(self, max_states: int, end: float) -> None:
+        self._add(canonical(self.model.initial().key(), self.group), -1)
+        number = 0
+        while number < len(self.keys):
+            if len(self.keys) > max_states or time.process_time() > end:
+                return
+            try:
+                self._expand(number)
+            except _StepViolation as wrong:
+                self._report(number, wrong.move, str(wrong.violation))
+                return
+            except Violation as wrong:
+                self._report(number, None, str(wrong))
+                return
+            number += 1
+        self.result.exhausted = True
+
+    def _add(self, key: Key, parent: int) -> None:
+        packed = array("I", key).tobytes()
+        if packed not in self.numbers:
+            self.numbers[packed] = len(self.keys)
+            self.keys.append(packed)
+            self.parents.append(parent)
+
+    def _expand(self, number: int) -> None:
+        key = unpack(self.keys[number])
+        progress, faults = self.moves.of(key, self.config.epochs)
+        for move in self._enough(progress, faults):
+            self._take(key, move, number)
+        if not progress:
+            self.result.quiet += 1
+            self.endings.check(key)
+
+    def _enough(self, progress: list[Move], faults: list[Move]) -> list[Move]:
+        """A subset of the moves that reaches everything worth seeing: see README.md on clusters."""
+        if not self.config.clusters or not progress:
+            return progress + faults
+        if any(move.cluster == SEVERAL for move in (*progress, *faults)):
+            return progress + faults
+        cluster = min(move.cluster for move in progress)
+        return [move for move in (*progress, *faults) if move.cluster == cluster]
+
+    def _take(self, key: Key, move: Move, number: int) -> None:
+        self.result.transitions += 1
+        try:
+            after = self.moves.take(key, move)
+        except Violation as violation:
+            raise _StepViolation(move, violation) from violation
+        self._add(canonical(after, self.group), number)
+
+    def _report(self, number: int, move: Move | None, text: str) -> None:
+        self.result.violation = text
+        path = [number]
+        while self.parents[path[-1]] >= 0:
+            path.append(self.parents[path[-1]])
+        keys = [unpack(self.keys[index]) for index in reversed(path)]
+        self.result.trace = readable(self.moves, self.group, keys, move)
+
+
+class _StepViolation(Exception):
+    def __init__(self, move: Move, violation: Violation) -> None:
+        super().__init__(str(violation))
+        self.move = move
+        self.violation = violation
+
+
+def unpack(packed: bytes) -> Key:
+    return tuple(array("I", packed))
+
+
+def explore(config: Config, max_states: int = 50_000_000, max_seconds: float = 3600.0) -> Result:
+    return Search(config).run(max_states, max_seconds)

@@ -1,0 +1,55 @@
+"""What every step does: its name, its arguments, the function that carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.transfer.explorer import fault_steps, link_steps, router, worker_steps
+from tests.transfer.explorer.world import BUDGET, World
+
+Step = tuple[Any, ...]
+
+
+def carry_out(world: World, step: Step) -> None:
+    """Change `world` by the step. What it says to the router stays in `world.calls`."""
+    STEPS[step[0]](world, *step[1:])
+
+
+def _spend(fault: Callable[..., None]) -> Callable[..., None]:
+    def spent(world: World, *arguments: Any) -> None:
+        world.values[BUDGET] = world.budget._replace(left=world.budget.left - 1)
+        fault(world, *arguments)
+
+    return spent
+
+
+STEPS: dict[str, Callable[..., None]] = {
+    "open": router.open_request,
+    "router_lost": router.on_worker_lost,
+    "command": worker_steps.command,
+    "compute": worker_steps.compute,
+    "reply": worker_steps.reply,
+    "decode": worker_steps.decode,
+    "connect": link_steps.connect,
+    "to_prefill": link_steps.to_prefill,
+    "to_decode": link_steps.to_decode,
+    "packed": link_steps.packed,
+    "sent": link_steps.sent,
+    "received": link_steps.received,
+    "unpacked": link_steps.unpacked,
+    "prefill_notices": link_steps.prefill_loses,
+    "decode_notices": link_steps.decode_loses,
+    "prefill_destroyed": link_steps.prefill_destroyed,
+    "decode_destroyed": link_steps.decode_destroyed,
+    "time": fault_steps.tick,
+    "tick": _spend(fault_steps.tick),
+    "crash": _spend(fault_steps.crash),
+    "suspect": _spend(fault_steps.suspect),
+    "corrupt": _spend(fault_steps.corrupt),
+    "refuse": _spend(fault_steps.refuse),
+    "cancel": _spend(fault_steps.cancel),
+    "lose": _spend(fault_steps.lose),
+    "dup": _spend(fault_steps.dup),
+    "swap": _spend(fault_steps.swap),
+}

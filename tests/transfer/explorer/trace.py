@@ -1,0 +1,89 @@
+"""A violation's shortest way, as a sequence that a person can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.transfer.explorer.moves import FAULTS, Key, Move, Moves
+from tests.transfer.explorer.parts import Violation
+from tests.transfer.explorer.steps import Step
+from tests.transfer.explorer.symmetry import Renaming, canonical
+from tests.transfer.explorer.world import Model, epoch_name
+
+
+def readable(moves: Moves, group: list[Renaming], path: list[Key], last: Move | None) -> list[str]:
+    """Replay canonical keys from the start under one set of names, and describe each step."""
+    key = moves.model.initial().key()
+    lines = []
+    for number, target in enumerate(path[1:], 1):
+        move, after = _move_to(moves, key, target, group)
+        lines.append(f"{number:3}. {describe(moves.model, key, move.step)}")
+        key = after
+    if last is None:
+        return [*lines, "     ... and nothing else happens by itself"]
+    wrong = _wrong_move(moves, key, last)
+    return [*lines, f"{len(lines) + 1:3}. {describe(moves.model, key, wrong.step)}   <- here"]
+
+
+def _all_moves(moves: Moves, key: Key) -> list[Move]:
+    progress, faults = moves.of(key, moves.model.config.epochs)
+    return progress + faults
+
+
+def _move_to(moves: Moves, key: Key, target: Key, group: list[Renaming]) -> tuple[Move, Key]:
+    for move in _all_moves(moves, key):
+        try:
+            after = moves.take(key, move)
+        except Violation:
+            continue
+        if canonical(after, group) == target:
+            return move, after
+    raise AssertionError("the trace cannot be replayed")
+
+
+def _wrong_move(moves: Moves, key: Key, last: Move) -> Move:
+    """The move that goes wrong here: under this trace's names it may not be `last` itself."""
+    for move in _all_moves(moves, key):
+        if move.step[0] == last.step[0]:
+            try:
+                moves.take(key, move)
+            except Violation:
+                return move
+    return last
+
+
+def describe(model: Model, key: Key, step: Step) -> str:
+    name, *rest = step
+    text = _where(model, key, name, rest)
+    return f"FAULT {text}" if name in FAULTS else text
+
+
+def _where(model: Model, key: Key, name: str, rest: list[Any]) -> str:
+    if name in ("open", "cancel"):
+        return f"router: {name} r{rest[0]}"
+    if name == "command":
+        command = model.values[key[model.inbox_slot(*rest)]][0]
+        return f"{'decode' if rest[1] else 'prefill'} worker of r{rest[0]} takes {command.__class__.__name__}"
+    if name in ("lose", "dup", "swap"):
+        if rest[0] == "inbox":
+            return f"{name} in the inbox of r{rest[1]}'s {'decode' if rest[2] else 'prefill'} worker"
+        return f"{name} in {rest[0]} of {epoch_name(model, *rest[1:4])}"
+    if name == "connect":
+        return f"{model.names[rest[0]]} connects to {model.names[model.config.prefills + rest[1]]}"
+    if len(rest) >= 3:
+        by = {True: " by prefill", False: " by decode"}[rest[3]] if name == "suspect" else ""
+        return f"{epoch_name(model, *rest[:3])}: {name}{by}{_message(model, key, name, rest)}"
+    return f"{model.names[rest[0]]}: {name} {' '.join(_plain(item) for item in rest[1:])}".rstrip()
+
+
+def _message(model: Model, key: Key, name: str, rest: list[Any]) -> str:
+    if name not in ("to_prefill", "to_decode"):
+        return ""
+    pair = model.values[key[model.pair_slot(rest[0], rest[1])]]
+    epoch = next(epoch for epoch in pair.epochs if epoch.number == rest[2])
+    return f" {getattr(epoch, name)[0]}"
+
+
+def _plain(item: Any) -> str:
+    key = getattr(item, "key", item)
+    return f"{key.request_id}/{key.attempt}" if hasattr(key, "request_id") else str(key)

@@ -1,0 +1,198 @@
+"""A world: one value per component, with the protocol states as numbers of interned states.
+
+`Model` owns the tables that all worlds of one search share. `World` is one state while it is being changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from kv_transfer import protocol
+from kv_transfer.events import AttemptKey, DecodeEvent, PeerConnected, PrefillEvent
+from kv_transfer.protocol import DecodeState, PrefillState
+from tests.transfer.explorer import checks
+from tests.transfer.explorer.config import STALL_S, Config, RequestSpec
+from tests.transfer.explorer.parts import (
+    Budget,
+    DecodeEngine,
+    Epoch,
+    Pair,
+    PrefillEngine,
+    RecvJob,
+    Router,
+    RouterRequest,
+)
+
+State = PrefillState | DecodeState
+ROUTER, BUDGET, FIRST_WORKER = 0, 1, 2
+PROTO, ENGINE, PER_WORKER = 0, 1, 2
+TO_PREFILL, TO_DECODE = 0, 1
+
+
+class Model:
+    """Configuration, layout of the components, interning and memoised protocol steps."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.num_workers = config.prefills + config.decodes
+        self.first_pair = FIRST_WORKER + PER_WORKER * self.num_workers
+        self.first_inbox = self.first_pair + config.prefills * config.decodes
+        self.size = self.first_inbox + 2 * len(config.requests)
+        self.names = [f"P{i}" for i in range(config.prefills)] + [f"D{j}" for j in range(config.decodes)]
+        self.workers = {name: number for number, name in enumerate(self.names)}
+        self.request_names = [f"r{i}" for i in range(len(config.requests))]
+        self.request_index = {name: number for number, name in enumerate(self.request_names)}
+        self.values: list[Any] = []
+        self._ids: dict[Hashable, int] = {}
+        self._steps: dict[tuple[int, Hashable], tuple[int, tuple[Any, ...]]] = {}
+        self.proto_slots = frozenset(self.slot(worker, PROTO) for worker in range(self.num_workers))
+
+    def slot(self, worker: int, part: int) -> int:
+        return FIRST_WORKER + PER_WORKER * worker + part
+
+    def pair_slot(self, prefill: int, decode: int) -> int:
+        return self.first_pair + prefill * self.config.decodes + decode
+
+    def inbox_slot(self, request: int, role: int) -> int:
+        """Commands about one request on the stream to one of its workers. Requests do not overtake themselves."""
+        return self.first_inbox + 2 * request + role
+
+    def pairs_of(self, worker: int) -> tuple[int, ...]:
+        """Slots of all pairs that a worker is part of."""
+        if self.is_prefill(worker):
+            return tuple(self.pair_slot(worker, decode) for decode in range(self.config.decodes))
+        decode = worker - self.config.prefills
+        return tuple(self.pair_slot(prefill, decode) for prefill in range(self.config.prefills))
+
+    def is_prefill(self, worker: int) -> bool:
+        return worker < self.config.prefills
+
+    def spec(self, key: AttemptKey) -> RequestSpec:
+        return self.config.requests[self.request_index[key.request_id]]
+
+    def intern(self, value: Hashable) -> int:
+        number = self._ids.get(value)
+        if number is None:
+            number = self._ids[value] = len(self.values)
+            self.values.append(value)
+            checks.check_component(self.config, value)
+        return number
+
+    def step(self, worker: int, number: int, event: PrefillEvent | DecodeEvent) -> tuple[int, tuple[Any, ...]]:
+        """The protocol's step from the interned state `number`; equal states step once."""
+        known = self._steps.get((number, event))
+        if known is None:
+            stepper: Any = protocol.prefill_step if self.is_prefill(worker) else protocol.decode_step
+            state, actions = stepper(self.values[number], event)
+            known = self._steps[(number, event)] = (
+                self.intern(replace(state, ended=tuple(sorted(state.ended)))),
+                actions,
+            )
+        return known
+
+    def fresh_protocol(self, worker: int) -> int:
+        if self.is_prefill(worker):
+            return self.intern(PrefillState.initial(stall_timeout=STALL_S))
+        return self.intern(DecodeState.initial(num_layers=1, stall_timeout=STALL_S))
+
+    def fresh_engine(self, worker: int, incarnation: int) -> PrefillEngine | DecodeEngine:
+        if self.is_prefill(worker):
+            return PrefillEngine(incarnation, self.config.prefill_blocks)
+        blocks = self.config.decode_blocks
+        return DecodeEngine(incarnation, 100 * incarnation, tuple(range(blocks)), (None,) * blocks)
+
+    def initial(self) -> World:
+        """Every pair connected, every request waiting at the router."""
+        values: list[Any] = [None] * self.size
+        values[ROUTER] = Router((RouterRequest(),) * len(self.config.requests), (True,) * self.num_workers)
+        values[BUDGET] = Budget(self.config.faults)
+        for worker in range(self.num_workers):
+            values[self.slot(worker, PROTO)] = self.fresh_protocol(worker)
+            values[self.slot(worker, ENGINE)] = self.fresh_engine(worker, 0)
+        for slot in range(self.first_inbox, self.size):
+            values[slot] = ()
+        for prefill in range(self.config.prefills):
+            for decode in range(self.config.decodes):
+                values[self.pair_slot(prefill, decode)] = Pair(1, (Epoch(1),))
+                self._connect(values, prefill, decode)
+        return World(self, values)
+
+    def _connect(self, values: list[Any], prefill: int, decode: int) -> None:
+        epoch = epoch_name(self, prefill, decode, 1)
+        ends = ((prefill, self.config.prefills + decode), (self.config.prefills + decode, prefill))
+        for worker, peer in ends:
+            slot = self.slot(worker, PROTO)
+            event = PeerConnected(self.names[peer], epoch, self.config.window)
+            values[slot], _ = self.step(worker, values[slot], event)
+
+    def world(self, key: Sequence[int]) -> World:
+        table = self.values
+        values = [table[number] for number in key]
+        for slot in self.proto_slots:
+            values[slot] = key[slot]
+        world = World(self, values.copy())
+        world.loaded, world.loaded_key = values, key
+        return world
+
+
+def epoch_name(model: Model, prefill: int, decode: int, number: int) -> str:
+    return f"{model.names[prefill]}{model.names[model.config.prefills + decode]}#{number}"
+
+
+class World:
+    """One state of everything. Actions change it in place; copy it first."""
+
+    __slots__ = ("calls", "landed", "loaded", "loaded_key", "model", "opening", "values")
+
+    def __init__(self, model: Model, values: list[Any]) -> None:
+        self.model = model
+        self.values = values
+        self.opening = 0  # base of the command in hand
+        self.landed: RecvJob | None = None  # the receive whose Received is in hand
+        self.calls: list[tuple[Any, ...]] = []  # what the router is told in this step
+        self.loaded: list[Any] = [None] * len(values)  # what `loaded_key` numbers, so that only changes are interned
+        self.loaded_key: Sequence[int] = ()
+
+    def copy(self) -> World:
+        world = World(self.model, self.values.copy())
+        world.loaded, world.loaded_key = self.loaded, self.loaded_key
+        return world
+
+    def key(self) -> tuple[int, ...]:
+        loaded, known, proto, intern = self.loaded, self.loaded_key, self.model.proto_slots, self.model.intern
+        return tuple(
+            [
+                known[slot] if value is loaded[slot] else value if slot in proto else intern(value)
+                for slot, value in enumerate(self.values)
+            ]
+        )
+
+    @property
+    def router(self) -> Router:
+        return self.values[ROUTER]  # type: ignore[no-any-return]
+
+    @property
+    def budget(self) -> Budget:
+        return self.values[BUDGET]  # type: ignore[no-any-return]
+
+    def state(self, worker: int) -> Any:
+        return self.model.values[self.values[self.model.slot(worker, PROTO)]]
+
+    def engine(self, worker: int) -> Any:
+        return self.values[self.model.slot(worker, ENGINE)]
+
+    def set_engine(self, worker: int, engine: PrefillEngine | DecodeEngine) -> None:
+        self.values[self.model.slot(worker, ENGINE)] = engine
+
+    def pair(self, prefill: int, decode: int) -> Pair:
+        return self.values[self.model.pair_slot(prefill, decode)]  # type: ignore[no-any-return]
+
+    def set_epoch(self, prefill: int, decode: int, epoch: Epoch) -> None:
+        """Put the epoch back; one that neither side knows is forgotten."""
+        pair = self.pair(prefill, decode)
+        kept = tuple(epoch if other.number == epoch.number else other for other in pair.epochs)
+        if not epoch.prefill and not epoch.decode:
+            kept = tuple(other for other in kept if other.number != epoch.number)
+        self.values[self.model.pair_slot(prefill, decode)] = pair._replace(epochs=kept)
