@@ -6,7 +6,7 @@ import torch
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x: [num_tokens, hidden_size], weight: [hidden_size]. Returns x's shape and dtype."""
+    """x: [..., size], weight: [size]. Returns x's shape and dtype."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)

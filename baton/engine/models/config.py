@@ -1,26 +1,75 @@
 """What Baton needs to know of a checkpoint's config.json, and refusal of what it does not support.
 
 A setting that would change the model's output and is not implemented is an error that names its key: a wrong answer is
-worse than none.
+worse than none. Absent keys mean what they mean in transformers, which differs from family to family.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from baton.common.errors import ConfigError
+from baton.engine.layers.rope import RopeScaling
+from baton.engine.models.fields import Content, fault, flag, positive, size
+from baton.engine.models.rope_config import read_rope
 
-ARCHITECTURE = "LlamaForCausalLM"
-REFUSED_UNLESS_NULL = ("sliding_window", "quantization_config", "layer_types", "auto_map")
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What an architecture's name says beyond its keys.
+
+    `qkv_bias` None: the key `attention_bias` decides. `mlp_bias`: so does the key `mlp_bias`. `kv_heads_required`: an absent `num_key_value_heads` would be a
+    number of the family's. `head_dim` None: hidden size over heads. `default_window`: the sliding window of a config
+    that names none; `window_flag`: it is in use only with `use_sliding_window`.
+    """
+
+    qkv_bias: bool | None = None
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    kv_heads_required: bool = True
+    head_dim: int | None = None
+    default_window: int | None = 4096
+    window_flag: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(mlp_bias=True, kv_heads_required=False, default_window=None),
+    "MistralForCausalLM": Family(qkv_bias=False),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, window_flag=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True, head_dim=128, window_flag=True),
+}
+_SUPPORTED = ", ".join(FAMILIES)
+# Keys of relatives and variants that would change the output: refused unless they say "nothing special".
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "pretraining_tp": (1,),
+    "quantization_config": (),
+    "auto_map": (),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "embedding_multiplier": (1,),
+    "attention_multiplier": (),
+    "residual_multiplier": (1,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "no_rope_layers": ([],),
+    "attention_chunk_size": (),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shape and constants of a Llama. Sizes count elements."""
+    """Shape and constants of a dense decoder. Sizes count elements.
+
+    `qk_norm`: queries and keys are normalised per head before their rotation.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -32,9 +81,12 @@ class ModelConfig:
     max_positions: int
     rms_norm_eps: float
     rope_theta: float
+    rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    out_bias: bool
     mlp_bias: bool
+    qk_norm: bool
 
     @property
     def q_size(self) -> int:
@@ -61,86 +113,74 @@ def load_model_config(model_dir: Path) -> ModelConfig:
 
 def parse_model_config(content: Mapping[str, object]) -> ModelConfig:
     """Turn the keys of a config.json into a ModelConfig. Raises ConfigError naming the key at fault."""
+    family = _family(content)
     _refuse_unsupported(content)
-    hidden_size = _size(content, "hidden_size")
-    num_heads = _size(content, "num_attention_heads")
-    num_kv_heads = _size(content, "num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        raise _error("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads {num_heads}")
-    head_dim = _size(content, "head_dim", hidden_size // num_heads)
-    if head_dim % 2:
-        raise _error("head_dim", f"must be even for rotary embedding, got {head_dim}")
+    _refuse_window(content, family)
+    hidden_size, num_heads = size(content, "hidden_size"), size(content, "num_attention_heads")
+    attention_bias = flag(content, "attention_bias") if family.qkv_bias is None else False
+    rope_theta, rope_scaling = read_rope(content)
     return ModelConfig(
-        vocab_size=_size(content, "vocab_size"),
+        vocab_size=size(content, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_size(content, "intermediate_size"),
-        num_layers=_size(content, "num_hidden_layers"),
+        intermediate_size=size(content, "intermediate_size"),
+        num_layers=size(content, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_positions=_size(content, "max_position_embeddings"),
-        rms_norm_eps=_positive(content, "rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(content),
-        tie_word_embeddings=_flag(content, "tie_word_embeddings"),
-        attention_bias=_flag(content, "attention_bias"),
-        mlp_bias=_flag(content, "mlp_bias"),
+        num_kv_heads=_num_kv_heads(content, family, num_heads),
+        head_dim=_head_dim(content, family, hidden_size, num_heads),
+        max_positions=size(content, "max_position_embeddings"),
+        rms_norm_eps=positive(content, "rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        tie_word_embeddings=flag(content, "tie_word_embeddings"),
+        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+        out_bias=attention_bias,
+        mlp_bias=family.mlp_bias and flag(content, "mlp_bias"),
+        qk_norm=family.qk_norm,
     )
 
 
-def _refuse_unsupported(content: Mapping[str, object]) -> None:
-    if content.get("architectures") != [ARCHITECTURE]:
-        raise _error("architectures", f"{content.get('architectures')} is not supported; supported: {ARCHITECTURE}")
-    if content.get("hidden_act", "silu") != "silu":
-        raise _error("hidden_act", f"{content['hidden_act']!r} is not supported; supported: silu")
-    if content.get("pretraining_tp", 1) != 1:
-        raise _error("pretraining_tp", f"{content['pretraining_tp']} is not supported; supported: 1")
-    if content.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise _error("partial_rotary_factor", f"{content['partial_rotary_factor']} is not supported; supported: 1")
-    for key in REFUSED_UNLESS_NULL:
-        if content.get(key) is not None:
-            raise _error(key, "is not supported")
+def _family(content: Content) -> Family:
+    names = content.get("architectures")
+    family = next((family for name, family in FAMILIES.items() if names == [name]), None)
+    if family is None:
+        raise fault("architectures", f"{names} is not supported; supported: {_SUPPORTED}")
+    return family
 
 
-def _rope_theta(content: Mapping[str, object]) -> float:
-    """`rope_theta` beside `rope_scaling`, or both inside `rope_parameters`, as newer checkpoints write it."""
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = content.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise _error(key, f"must be an object, got {rope!r}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise _error(key, f"type {kind!r} is not supported; supported: default")
-        if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise _error(f"{key}.partial_rotary_factor", f"{rope['partial_rotary_factor']} is not supported")
-        if "rope_theta" in rope:
-            return _positive(rope, "rope_theta", None, f"{key}.")
-    return _positive(content, "rope_theta", 10000.0)
+def _refuse_unsupported(content: Content) -> None:
+    for key, neutral in _NEUTRAL.items():
+        value = content.get(key)
+        if value is not None and value not in neutral:
+            supported = f"; supported: {neutral[0]}" if neutral else ""
+            raise fault(key, f"{value!r} is not supported{supported}")
 
 
-def _size(content: Mapping[str, object], key: str, default: int | None = None) -> int:
-    value = content.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _error(key, "is missing" if value is None else f"must be a positive integer, got {value!r}")
+def _refuse_window(content: Content, family: Family) -> None:
+    """Every layer must attend to everything before it. A window as long as the model hides nothing."""
+    layer_types = content.get("layer_types") or []
+    if not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}:
+        raise fault("layer_types", f"{layer_types} is not supported; supported: full_attention in every layer")
+    if family.window_flag and (layer_types or not flag(content, "use_sliding_window")):
+        return
+    key = "sliding_window"
+    window = content.get(key, family.default_window)
+    if window is not None and size({key: window}, key) < size(content, "max_position_embeddings"):
+        absent = "" if key in content else ", which an absent key means here,"
+        raise fault(key, f"{window}{absent} is not supported; supported: null (full attention)")
+
+
+def _num_kv_heads(content: Content, family: Family, num_heads: int) -> int:
+    key = "num_key_value_heads"
+    if family.kv_heads_required and key not in content:
+        raise fault(key, "is missing")
+    value = size(content, key, num_heads)
+    if num_heads % value:
+        raise fault(key, f"{value} does not divide num_attention_heads {num_heads}")
     return value
 
 
-def _positive(content: Mapping[str, object], key: str, default: float | None, prefix: str = "") -> float:
-    value = content.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise _error(prefix + key, f"must be a positive number, got {value!r}")
-    return float(value)
-
-
-def _flag(content: Mapping[str, object], key: str) -> bool:
-    value = content.get(key, False)
-    if not isinstance(value, bool):
-        raise _error(key, f"must be true or false, got {value!r}")
+def _head_dim(content: Content, family: Family, hidden_size: int, num_heads: int) -> int:
+    value = size(content, "head_dim", family.head_dim or max(1, hidden_size // num_heads))
+    if value % 2:
+        raise fault("head_dim", f"must be even for rotary embedding, got {value}")
     return value
-
-
-def _error(key: str, message: str) -> ConfigError:
-    return ConfigError(f"config.json: {key}", message)

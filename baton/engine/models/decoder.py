@@ -26,8 +26,11 @@ class Attention:
         self.config = config
         self.scale = config.head_dim**-0.5
         parts = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
-        self.qkv = FusedLinear(parts, config.hidden_size, config.attention_bias, dtype, device)
-        self.out = FusedLinear({"o_proj": config.hidden_size}, config.q_size, config.attention_bias, dtype, device)
+        self.qkv = FusedLinear(parts, config.hidden_size, config.qkv_bias, dtype, device)
+        self.out = FusedLinear({"o_proj": config.hidden_size}, config.q_size, config.out_bias, dtype, device)
+        self.q_norm, self.k_norm = (
+            torch.empty(config.head_dim, dtype=dtype, device=device) if config.qk_norm else None for _ in range(2)
+        )
 
     def __call__(
         self,
@@ -43,8 +46,15 @@ class Attention:
         q = q.view(-1, c.num_heads, c.head_dim)  # [num_tokens, num_heads, head_dim]
         k = k.view(-1, c.num_kv_heads, c.head_dim)  # [num_tokens, num_kv_heads, head_dim]
         v = v.view(-1, c.num_kv_heads, c.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rms_norm(q, self.q_norm, c.rms_norm_eps), rms_norm(k, self.k_norm, c.rms_norm_eps)
         backend.rope_and_store(q, k, v, positions, cos_sin, layer_kv, meta)
         return self.out(backend.attend(q, layer_kv, meta, self.scale).flatten(1))
+
+    def checkpoint_views(self, prefix: str) -> dict[str, torch.Tensor]:
+        views = self.qkv.checkpoint_views(prefix) | self.out.checkpoint_views(prefix)
+        norms = {"q_norm": self.q_norm, "k_norm": self.k_norm}
+        return views | {f"{prefix}{name}.weight": norm for name, norm in norms.items() if norm is not None}
 
 
 class MLP:
@@ -69,8 +79,7 @@ class DecoderLayer:
         return {
             f"{prefix}input_layernorm.weight": self.input_norm,
             f"{prefix}post_attention_layernorm.weight": self.post_norm,
-            **self.attention.qkv.checkpoint_views(f"{prefix}self_attn."),
-            **self.attention.out.checkpoint_views(f"{prefix}self_attn."),
+            **self.attention.checkpoint_views(f"{prefix}self_attn."),
             **self.mlp.gate_up.checkpoint_views(f"{prefix}mlp."),
             **self.mlp.down.checkpoint_views(f"{prefix}mlp."),
         }
@@ -87,7 +96,7 @@ class Decoder:
         self.layers = [DecoderLayer(config, dtype, device) for _ in range(config.num_layers)]
         self.final_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         self.lm_head = self.embed if config.tie_word_embeddings else torch.empty_like(self.embed)
-        self.cos_sin = cos_sin_table(max_positions, config.head_dim, config.rope_theta, device)
+        self.cos_sin = cos_sin_table(max_positions, config.head_dim, config.rope_theta, device, config.rope_scaling)
 
     def checkpoint_views(self) -> dict[str, torch.Tensor]:
         """Where each of the checkpoint's tensors goes, by its name there."""
