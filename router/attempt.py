@@ -150,6 +150,8 @@ class Attempt:
     def on_tokens(self, worker_id: str, output: pb.TokenOutput) -> None:
         if output.finish_reason:
             self._over_at(worker_id)
+        if self._prefill is not None and worker_id == self._worker.worker_id:
+            self._over_at(self._prefill.worker_id)  # decode speaks after the commit: prefill has nothing left to cancel
         tokens, finish_reason = self._fence.accept(output.position, output.token_ids, output.finish_reason)
         if tokens:
             self._leave_prefill(worker_id)
@@ -177,7 +179,6 @@ class Attempt:
         """Keep the predicted queues right, and leave the prefill worker once decode has taken over."""
         (self._prefill or self._worker).prefill_ended(self._id)
         if self._prefill is not None and worker_id == self._worker.worker_id:
-            self._over_at(self._prefill.worker_id)
             self._prefill.forget(self._id)
 
     def _session(self, worker_id: str) -> WorkerSession:

@@ -83,9 +83,8 @@ class WorkerSession:
             self._pending_prefill[attempt] = prefill_tokens
 
     def send(self, frame: pb.RouterFrame) -> None:
-        """Queue a frame; after the session is lost nothing is sent."""
-        if not self.lost:
-            self._outbox.put_nowait(frame)
+        """Queue a frame. Those of a lost session go nowhere."""
+        self._outbox.put_nowait(frame)
 
     def prefill_ended(self, attempt: AttemptId) -> None:
         """Its prompt is computed. Repeating it is a no-op."""

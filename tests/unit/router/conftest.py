@@ -16,6 +16,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from baton.common.clock import Clock
 from baton.common.config import BatonConfig
 from protos.inference_pb2_grpc import InferenceStub
 from router.registry import Member
@@ -77,13 +78,13 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def serving(**overrides: dict[str, Any]) -> AsyncIterator[Served]:
+async def serving(clock: Clock | None = None, **overrides: dict[str, Any]) -> AsyncIterator[Served]:
     """A router whose config sections are overridden by keyword, for instance `router={"policy": "remote"}`."""
     server = {"port": 0, "grpc_port": 0} | overrides.pop("server", {})
     router_section = {"heartbeat_interval_s": 0.05, "heartbeat_timeout_s": 1.0} | overrides.pop("router", {})
     config = BatonConfig.model_validate({"model": MODEL, "server": server, "router": router_section, **overrides})
     tokenizer = byte_tokenizer()
-    router = Router(config, tokenizer)
+    router = Router(config, tokenizer, clock)
     await router.start()
     try:
         url = f"http://127.0.0.1:{router.http_port}"

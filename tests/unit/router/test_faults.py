@@ -376,6 +376,35 @@ async def test_when_nobody_may_wait_a_full_worker_is_a_429_with_retry_after(work
         assert retry.retry_delay.ToMilliseconds() > 0
 
 
+async def test_when_nobody_may_wait_a_full_prefill_queue_is_a_429(workers: list[FakeWorker]) -> None:
+    timing = wpb.StepTiming(base_s=0.0, per_prefill_token_s=1.0, samples=5)
+    workers.extend((FakeWorker("p0", "prefill", _only_connect, timing=timing), FakeWorker("d0", "decode", answer)))
+    async with serving(router={"policy": "remote", "max_queued": 0}) as served:
+        await served.attach(*workers)
+        await served.until(lambda: all(w.step for w in served.router.registry.snapshot().workers if not w.can_decode))
+        first = ask(served)
+        await workers[0].next_frame("prefill")
+        assert (await ask(served)).status_code == 429
+        first.cancel()
+
+
+async def test_a_busy_worker_is_not_asked_again_for_a_while(workers: list[FakeWorker]) -> None:
+    prefill, decode = pair_of_answers("p0", "d1")
+
+    def refuse(worker: FakeWorker, frame: wpb.RouterFrame) -> None:
+        if frame.HasField("open"):
+            busy = wpb.Refused(key=frame.open.key, code="busy", message="full", retry_after_s=60.0)
+            worker.say(refused=busy)
+
+    full = FakeWorker("d0", "decode", refuse)
+    workers.extend((prefill, decode, full))
+    async with serving(router={"policy": "remote"}) as served:
+        await served.attach(*workers)
+        for _ in range(4):
+            assert token_ids(await ask(served)) == TOKENS
+        assert len(full.received("open")) == 1
+
+
 async def test_beyond_the_bounds_requests_are_refused_and_the_others_served_in_order(
     workers: list[FakeWorker],
 ) -> None:
@@ -542,20 +571,31 @@ async def test_a_cancel_while_decode_reserves_reaches_decode_only(workers: list[
         assert not prefill.received("cancel")
 
 
-async def test_a_finished_request_cancels_nobody(workers: list[FakeWorker], remote: Served) -> None:
-    workers[0].script, workers[1].script = pair_scripts(*workers)
-    assert token_ids(await ask(remote)) == TOKENS
+@pytest.mark.parametrize("decode_first", [False, True])
+async def test_a_finished_request_cancels_nobody(workers: list[FakeWorker], remote: Served, decode_first: bool) -> None:
+    """Whichever worker's frames arrive first."""
+    prefill, decode = workers
+    prefill.script = None
+    answering = ask(remote)
+    command = await prefill.next_frame("prefill")
+    if decode_first:
+        emit(decode, command.key, command.spec, 1, 8)
+        await remote.until(lambda: _num_held(remote) == 7)
+        emit(prefill, command.key, command.spec, 0, 1)
+    else:
+        emit(prefill, command.key, command.spec, 0, 1)
+        await remote.until(lambda: remote.router.recent.get(command.key.request_id).num_output_tokens == 1)  # type: ignore[union-attr]
+        emit(decode, command.key, command.spec, 1, 8)
+    assert token_ids(await answering) == TOKENS
     await remote.until(lambda: remote.router.dispatcher.is_idle)
-    await remote.complete(max_tokens=2)
-    assert not workers[0].received("cancel")
-    assert not workers[1].received("cancel")
+    await asyncio.gather(*(told_in_order(worker) for worker in workers))
+    assert not prefill.received("cancel")
+    assert not decode.received("cancel")
 
 
-def pair_scripts(prefill: FakeWorker, decode: FakeWorker) -> tuple[Any, Any]:
-    def script(worker: FakeWorker, frame: wpb.RouterFrame) -> None:
-        answer(worker, frame)
-        if frame.HasField("prefill"):
-            emit(decode, frame.prefill.key, frame.prefill.spec, 1, frame.prefill.spec.max_tokens)
-
-    assert prefill is not decode
-    return script, answer
+async def told_in_order(worker: FakeWorker) -> None:
+    """Returns when the worker has heard what was sent before now: the next heartbeat comes after it."""
+    heard = worker.num_router_heartbeats
+    async with asyncio.timeout(10):
+        while worker.num_router_heartbeats < heard + 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import router.dispatcher
 import router.event_stream
-import router.health
+from baton.common.clock import ManualClock
 from baton.common.config import BatonConfig
 from baton.common.errors import ConfigError
 from baton.common.sampling import SamplingParams
@@ -44,29 +44,33 @@ async def test_ready_only_with_a_decode_worker_and_healthy_always(workers: list[
     assert (await served.http.get("/health")).status_code == 200
 
 
-async def test_health_is_progress_or_idleness(
-    workers: list[FakeWorker], served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_health_is_progress_or_idleness(workers: list[FakeWorker]) -> None:
     """A request on which nothing moves makes the router stuck; a step of a worker or a token makes it healthy again."""
+    clock = ManualClock(1000.0)
     workers.append(FakeWorker("d0"))
-    await served.attach(*workers)
-    assert (await served.http.get("/health")).status_code == 200
-    asking = asyncio.create_task(served.complete(max_tokens=3))
-    command = await workers[0].next_frame("generate")
-    monkeypatch.setattr(router.health, "STUCK_AFTER_S", 0.0)
-    stuck = await served.http.get("/health")
-    assert stuck.status_code == 503
-    assert stuck.json()["workers"][0]["id"] == "d0"
-    monkeypatch.setattr(router.health, "STUCK_AFTER_S", 0.5)
-    before = served.router.registry.last_step_at
-    workers[0].beat.steps = 7
-    await served.until(lambda: served.router.registry.last_step_at > before)
-    assert (await served.http.get("/health")).status_code == 200
-    emit(workers[0], command.key, command.spec, 0, 3)
-    await asking
-    monkeypatch.setattr(router.health, "STUCK_AFTER_S", 1e-9)
-    await served.until(lambda: served.router.dispatcher.is_idle)
-    assert (await served.http.get("/health")).status_code == 200
+    async with serving(clock) as served:
+
+        async def health_after(seconds: float) -> int:
+            clock.advance(seconds)
+            return (await served.http.get("/health")).status_code
+
+        await served.attach(*workers)
+        assert await health_after(100.0) == 200
+        asking = asyncio.create_task(served.complete(max_tokens=3))
+        command = await workers[0].next_frame("generate")
+        assert await health_after(29.0) == 200
+        assert await health_after(2.0) == 503
+        workers[0].beat.steps = 7
+        await served.until(lambda: served.router.registry.last_step_at == clock.now())
+        assert await health_after(29.0) == 200
+        assert await health_after(2.0) == 503
+        emit(workers[0], command.key, command.spec, 0, 1)
+        await served.until(lambda: served.router.dispatcher.last_progress_at == clock.now())
+        assert await health_after(29.0) == 200
+        emit(workers[0], command.key, command.spec, 1, 3)
+        await asking
+        await served.until(lambda: served.router.dispatcher.is_idle)
+        assert await health_after(1000.0) == 200
 
 
 async def test_the_standard_grpc_health_and_reflection_services(workers: list[FakeWorker], served: Served) -> None:
