@@ -17,7 +17,8 @@ Flag = typer.Option
 
 
 def serve(
-    model: Annotated[str | None, typer.Argument(help="A model directory in Hugging Face format.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A model directory, or a model's id on the hub.")] = None,
+    revision: Annotated[str | None, Flag(help="Commit, branch or tag of a model on the hub.")] = None,
     prefill: Annotated[int | None, Flag(help="Prefill workers; 0 is a colocated server.")] = None,
     decode: Annotated[int | None, Flag(help="Decode workers.")] = None,
     host: Annotated[str | None, Flag(help="Address that clients reach (default 127.0.0.1).")] = None,
@@ -39,6 +40,7 @@ def serve(
     """Serve MODEL over HTTP and gRPC until Ctrl-C; a second Ctrl-C does not wait for running requests."""
     flags: dict[str, object] = {
         "model": model,
+        "revision": revision,
         "served_model_name": served_model_name,
         "cluster.prefill": prefill,
         "cluster.decode": decode,
@@ -64,7 +66,9 @@ async def _serve(config: BatonConfig) -> None:
         async with serving_cluster(config, typer.echo) as cluster:
             shutdown.may_drain = True
             url = f"http://{config.server.host}:{cluster.router.http_port}"
-            typer.echo(f"serving {config.model_name} on {url}/v1 (gRPC port {cluster.router.grpc_port}); Ctrl-C stops")
+            typer.echo(
+                f"serving {cluster.config.model_name} on {url}/v1 (gRPC port {cluster.router.grpc_port}); Ctrl-C stops"
+            )
             await shutdown.requested.wait()
             typer.echo("draining; press Ctrl-C again to stop at once")
     except asyncio.CancelledError:

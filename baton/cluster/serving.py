@@ -15,6 +15,7 @@ from baton.cluster.ray_session import count_gpus, ray_session
 from baton.cluster.supervisor import Supervisor
 from baton.common.config import BatonConfig
 from baton.common.errors import BatonError
+from baton.engine.models.source import pinned, resolve_model
 from router.registry import Member
 from router.server import Router
 
@@ -37,12 +38,14 @@ async def serving_cluster(
 ) -> AsyncIterator[ServingCluster]:
     """Start router and workers; inside the block the cluster serves. On leaving, requests drain and all is stopped.
 
-    The router listens before Ray is up: `/health` answers at once and `/ready` when a decode worker is attached.
+    A model of the hub is fetched first. The router listens before Ray is up: `/health` answers at once and `/ready`
+    when a decode worker is attached.
     `announce` gets one line per stage, for people. Raises ConfigError or BatonError with what to change.
     """
-    config = _with_worker_host(config)
+    model_dir = await asyncio.to_thread(resolve_model, config.model, config.revision)
+    config = pinned(_with_worker_host(config), model_dir)
     async with contextlib.AsyncExitStack() as stack:
-        router = Router(config)
+        router = Router(config.model_copy(update={"model": str(model_dir)}))
         await router.start()
         stack.push_async_callback(router.stop)
         announce(f"router on http://{config.server.host}:{router.http_port}, grpc {router.grpc_port}; starting Ray")

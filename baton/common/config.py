@@ -113,9 +113,14 @@ class ChaosConfig(_Section):
 
 
 class BatonConfig(_Section):
-    """Everything `baton serve` needs. `model` is a directory in Hugging Face format."""
+    """Everything `baton serve` needs.
+
+    `model` is a directory in Hugging Face format, or the id of a model on the hub; then `revision` is its commit,
+    branch or tag, by default the newest commit.
+    """
 
     model: str
+    revision: str | None = None
     served_model_name: str | None = None
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -19,6 +19,7 @@ import torch
 from baton.common.clock import Clock, MonotonicClock
 from baton.common.config import BatonConfig, EngineConfig, FaultSettings, TransferConfig
 from baton.engine.kv_layout import KVLayout
+from baton.engine.models.source import resolve_model
 from baton.engine.ports import EngineStats, Ports, PrefillDone, SegmentWritten, StepReport
 from baton.worker.attach_service import AttachService
 from baton.worker.attempts import Attempts
@@ -175,7 +176,8 @@ class WorkerShell:
     def _build_engine(self) -> ServedEngine:
         ports = EnginePorts(self._mailbox)
         config = self._config
-        return self._build(config.engine, config.transfer, Path(config.model), self._device, ports, self._clock)
+        model_dir = resolve_model(config.model, config.revision)
+        return self._build(config.engine, config.transfer, model_dir, self._device, ports, self._clock)
 
     def _make_halves(self, loop: asyncio.AbstractEventLoop) -> list[Half]:
         local = GenerateHalf(self._engine, self._attempts, self._clock)

@@ -21,9 +21,9 @@ from baton.engine.models.rope_config import read_rope
 class Family:
     """What an architecture's name says beyond its keys.
 
-    `qkv_bias` None: the key `attention_bias` decides. `mlp_bias`: so does the key `mlp_bias`. `kv_heads_required`: an absent `num_key_value_heads` would be a
-    number of the family's. `head_dim` None: hidden size over heads. `default_window`: the sliding window of a config
-    that names none; `window_flag`: it is in use only with `use_sliding_window`.
+    `qkv_bias` None: the key `attention_bias` decides. `mlp_bias`: the key of that name is read. `kv_heads_required`: an
+    absent `num_key_value_heads` would be a number of the family's own. `head_dim` None: hidden size over heads.
+    `default_window`: the sliding window of a config that names none; `window_flag`: `use_sliding_window` enables it.
     """
 
     qkv_bias: bool | None = None

@@ -22,7 +22,7 @@ from baton.engine.ports import (
 )
 
 LAYOUT = KVLayout("hash", "float32", 16, 2, 2, 8)
-CONFIG = BatonConfig(model="tiny")
+CONFIG = BatonConfig(model=".")
 
 
 class FakeEngine:
