@@ -52,7 +52,11 @@ class ClusterConfig(_Section):
 
 
 class EngineConfig(_Section):
-    """One worker's engine. Lengths count tokens."""
+    """One worker's engine. Lengths count tokens.
+
+    `overlap`: plan and launch a step while the one before still computes; None: on a GPU only. `decode_graphs`: run
+    steps that only decode as captured CUDA graphs where there is a GPU.
+    """
 
     dtype: DType = "auto"
     block_size: Literal[16, 32, 64] = 16
@@ -62,6 +66,8 @@ class EngineConfig(_Section):
     max_num_seqs: int = Field(64, ge=1, le=1024)
     max_num_batched_tokens: int = Field(2048, ge=1)
     prefix_cache: bool = True
+    overlap: bool | None = None
+    decode_graphs: bool = True
     cpu_threads: int = Field(1, ge=1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +66,9 @@ class Batch:
 
     input_ids, positions, slot_mapping: int64 [num_tokens]; cu_seqlens_q: int32 [num_seqs + 1];
     context_lens: int32 [num_seqs]; block_tables: int32 [num_seqs, max_blocks], padded with 0;
-    sample_rows: int64 [num_sampled], the token rows whose logits are needed.
+    sample_rows: int64 [num_sampled], the token rows whose logits are needed; draw_positions: int64 [num_sampled],
+    where in their sequences the drawn tokens will stand; draw_rows: int64 [num_decodes], as in `draw_row`;
+    fresh_rows: as in AttentionMetadata.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -75,10 +78,13 @@ class Batch:
     context_lens: npt.NDArray[np.int32]
     block_tables: npt.NDArray[np.int32]
     sample_rows: npt.NDArray[np.int64]
+    draw_positions: npt.NDArray[np.int64]
+    draw_rows: npt.NDArray[np.int64]
     max_seqlen_q: int
     num_decodes: int
     num_prefills: int
     num_prefill_tokens: int
+    fresh_rows: tuple[tuple[int, int], ...] = ()
 
 
 def build_batch(step: ScheduledStep, block_size: int) -> Batch:
@@ -94,6 +100,7 @@ def build_batch(step: ScheduledStep, block_size: int) -> Batch:
     rows = np.arange(int(cu_seqlens_q[-1]), dtype=np.int64)
     positions = rows - cu_seqlens_q[sequence_of_row] + (context_lens - lens)[sequence_of_row]
     blocks = block_tables[sequence_of_row, positions // block_size].astype(np.int64)
+    is_sampled = np.array([True] * len(step.decodes) + [segment.is_last for segment in step.prefills], dtype=np.bool_)
     return Batch(
         input_ids=_input_ids(spans, len(rows)),
         positions=positions,
@@ -101,19 +108,35 @@ def build_batch(step: ScheduledStep, block_size: int) -> Batch:
         cu_seqlens_q=cu_seqlens_q,
         context_lens=context_lens,
         block_tables=block_tables,
-        sample_rows=_sample_rows(step, cu_seqlens_q),
+        sample_rows=cu_seqlens_q[1:][is_sampled].astype(np.int64) - 1,
+        draw_positions=context_lens[is_sampled].astype(np.int64),
+        draw_rows=np.array([draw_row(request) for request in step.decodes], dtype=np.int64),
         max_seqlen_q=max((segment.num_tokens for segment in step.prefills), default=1),
         num_decodes=len(step.decodes),
         num_prefills=len(step.prefills),
         num_prefill_tokens=step.num_prefill_tokens,
+        fresh_rows=_fresh_rows(step, cu_seqlens_q),
     )
+
+
+def _fresh_rows(step: ScheduledStep, cu_seqlens_q: npt.NDArray[np.int32]) -> tuple[tuple[int, int], ...]:
+    if any(segment.start for segment in step.prefills):
+        return ()
+    bounds = cu_seqlens_q[len(step.decodes) :].tolist()
+    return tuple(pairwise(bounds))
+
+
+def draw_row(request: Request) -> int:
+    """Where a decode's input token is: -1 when the request knows it, else its row in the draws of the last launch."""
+    return -1 if request.num_computed_tokens < len(request.token_ids) else request.draw_row
 
 
 def _input_ids(spans: list[tuple[Request, int, int]], num_tokens: int) -> npt.NDArray[np.int64]:
     input_ids = np.empty(num_tokens, dtype=np.int64)
     row = 0
     for request, start, end in spans:
-        input_ids[row : row + end - start] = request.token_ids[start:end]
+        known = request.token_ids[start:end]
+        input_ids[row : row + end - start] = known if len(known) == end - start else 0
         row += end - start
     return input_ids
 
@@ -126,8 +149,3 @@ def _block_tables(
     for row, table in enumerate(tables):
         padded[row, : used[row]] = table[: used[row]]
     return padded
-
-
-def _sample_rows(step: ScheduledStep, cu_seqlens_q: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    wanted = [True] * len(step.decodes) + [segment.is_last for segment in step.prefills]
-    return np.array([int(end) - 1 for end, want in zip(cu_seqlens_q[1:], wanted, strict=True) if want], dtype=np.int64)

@@ -1,7 +1,7 @@
 """The requests and reservations that an engine knows, and every change of their phase together with their blocks.
 
-Engine thread only. Blocks are given back here and nowhere else, always between two steps: a step in flight never loses
-a block that it uses.
+Engine thread only. Blocks are given back here and nowhere else, and not before every launched step that uses them has
+ended: a step in flight never loses a block, to whomever it would go.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class RequestBook:
         self._vocab_size = vocab_size
         self._requests: dict[str, Request] = {}
         self._reserved: dict[str, _Reserved] = {}
+        self._retiring: dict[str, Request] = {}
 
     def handle(self, command: Command) -> None:
         match command:
@@ -63,17 +64,23 @@ class RequestBook:
 
     def reject(self, command: Command, reason: str) -> None:
         """The command went wrong inside the engine: whoever it would have started ends here."""
-        if isinstance(command, AddRequest | Admission) and command.request.request_id not in self._requests:
+        if isinstance(command, AddRequest | Admission) and not self._is_known(command.request.request_id):
             self._log.failure(command.request.request_id, "internal", reason)
 
     def unfinished(self) -> list[Request]:
         """Requests that are queued or running."""
         return [request for request in self._requests.values() if request.phase in (Phase.WAITING, Phase.RUNNING)]
 
+    def landed(self, request: Request) -> None:
+        """A step that used the request's blocks has ended."""
+        request.steps_in_flight -= 1
+        if request.steps_in_flight == 0 and self._retiring.pop(request.request_id, None) is not None:
+            self._pool.release(request.request_id)
+
     # ---- in
 
     def _add(self, request: Request) -> None:
-        if request.request_id in self._requests:
+        if self._is_known(request.request_id):
             raise ValueError(f"request {request.request_id} is known already")
         fault = self._fault(request.token_ids, request.max_total_tokens)
         if fault is not None:
@@ -107,7 +114,7 @@ class RequestBook:
 
     def _admit(self, admission: Admission) -> None:
         request, owner = admission.request, admission.reservation_id
-        if request.request_id in self._requests:
+        if self._is_known(request.request_id):
             raise ValueError(f"request {request.request_id} is known already")
         reserved = self._reserved.pop(owner, None)
         if reserved is None:
@@ -129,6 +136,9 @@ class RequestBook:
         reason = request.finish_reason()
         if reason is not None:
             self.finish(request, (), reason)
+
+    def _is_known(self, request_id: str) -> bool:
+        return request_id in self._requests or request_id in self._retiring
 
     def _fault(self, token_ids: list[int], max_total_tokens: int) -> str | None:
         """Why a sequence can never be served here, or None."""
@@ -185,5 +195,9 @@ class RequestBook:
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
         request.phase = Phase.FINISHED
-        if self._pool.holds(request.request_id):
+        if not self._pool.holds(request.request_id):
+            return
+        if request.steps_in_flight:
+            self._retiring[request.request_id] = request
+        else:
             self._pool.release(request.request_id)

@@ -9,8 +9,8 @@ import torch
 from baton.common.clock import Clock
 from baton.common.config import DType, EngineConfig, TransferConfig
 from baton.common.errors import ConfigError
-from baton.engine.attention.factory import make_backend
 from baton.engine.block_pool import BlockPool
+from baton.engine.device_parts import make_device_parts
 from baton.engine.kv_layout import DTYPES, KVLayout
 from baton.engine.loop import Engine
 from baton.engine.models.config import ModelConfig, load_model_config
@@ -54,8 +54,16 @@ def build_engine(
     runner = _runner(model, layout, config, max_model_len, device)
     pool = BlockPool(runner.num_blocks, config.block_size, config.prefix_cache)
     scheduler = ChunkedScheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
-    groups = transfer.layer_groups
-    return Engine(runner, pool, scheduler, ports, clock, layer_groups=groups, max_model_len=max_model_len)
+    return Engine(
+        runner,
+        pool,
+        scheduler,
+        ports,
+        clock,
+        layer_groups=transfer.layer_groups,
+        max_model_len=max_model_len,
+        overlap=resolve_overlap(config, device),
+    )
 
 
 def resolve_dtype(dtype: DType, device: torch.device) -> str:
@@ -63,6 +71,11 @@ def resolve_dtype(dtype: DType, device: torch.device) -> str:
     if dtype != "auto":
         return dtype
     return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def resolve_overlap(config: EngineConfig, device: torch.device) -> bool:
+    """By default on a GPU: a CPU computes a step before its launch returns, so nothing would overlap."""
+    return device.type == "cuda" if config.overlap is None else config.overlap
 
 
 def resolve_max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
@@ -88,11 +101,17 @@ def _load(
 
 
 def _runner(model: Decoder, layout: KVLayout, config: EngineConfig, max_model_len: int, device: torch.device) -> Runner:
-    backend = make_backend(device)
+    parts = make_device_parts(device)
+
+    def make_runner(kv_cache: torch.Tensor) -> Runner:
+        runner = Runner(model, kv_cache, layout, parts.backend, parts.sampler, config.max_num_seqs)
+        runner.decode_path = parts.make_decode_path(runner, config, max_model_len)
+        return runner
+
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
     elif device.type == "cuda":
-        num_blocks = measured_num_blocks(model, backend, layout, config, max_model_len)
+        num_blocks = measured_num_blocks(make_runner, layout, config, max_model_len, device)
     else:
         num_blocks = cpu_num_blocks(layout, config, max_model_len)
     checked_num_blocks(num_blocks, layout, max_model_len)
@@ -104,7 +123,7 @@ def _runner(model: Decoder, layout: KVLayout, config: EngineConfig, max_model_le
             f"a KV cache of {num_blocks} blocks ({size:.0f} MiB) does not fit into the memory of {device}: {error}"
         )
         raise ConfigError("engine.num_blocks", message) from None
-    runner = Runner(model, kv_cache, layout, backend)
+    runner = make_runner(kv_cache)
     if device.type == "cuda":
         warm_up(runner, config.max_num_seqs)
     return runner

@@ -3,20 +3,26 @@
 Everything that an engine owns (blocks, queues, requests, KV cache, model) is touched by its thread only. Others post
 commands; results leave through `Ports`, which are called on the engine thread and must not block. The thread sleeps
 while nothing can run and is woken by the next command.
+
+A step is launched, and lands when its tokens are read back. With overlap the next step is launched before: a decode's
+input token then goes from draw to step on the device, and the host handles a step's tokens while the device computes.
+The next step is planned without knowing these tokens, so a request that stops at one of them is computed once too
+often; that result is dropped, and the blocks stay its own until that step has landed.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from baton.common import events
 from baton.common.clock import Clock
-from baton.engine.batch import PrefillSegment, ScheduledStep, build_batch
+from baton.engine.batch import PrefillSegment, ScheduledStep
 from baton.engine.block_pool import BlockPool
 from baton.engine.book import RequestBook
 from baton.engine.inbox import Inbox
@@ -26,11 +32,22 @@ from baton.engine.runner import OnLayerGroup, Runner
 from baton.engine.sampler import NOT_FINITE
 from baton.engine.schedulers.base import Scheduler
 from baton.engine.segments import completed_blocks, split_layers
+from baton.engine.staging import PendingTokens
 from baton.engine.step_log import StepLog
 
 logger = logging.getLogger(__name__)
 
 _TOKEN_EVENTS = (events.FIRST_TOKEN, events.SECOND_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A launched step. `ends`: tokens whose KV each of its sequences has when it lands, decodes first."""
+
+    step: ScheduledStep
+    ends: tuple[int, ...]
+    tokens: PendingTokens
+    started: float
 
 
 class Engine:
@@ -46,6 +63,7 @@ class Engine:
         *,
         layer_groups: int,
         max_model_len: int,
+        overlap: bool = False,
     ) -> None:
         self.layout = runner.layout
         self.kv_cache = runner.kv_cache
@@ -61,6 +79,9 @@ class Engine:
         self._book = RequestBook(pool, scheduler, self._log, max_model_len=max_model_len, vocab_size=runner.vocab_size)
         self._inbox = Inbox()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=False)
+        self._flights: deque[_Flight] = deque()
+        self._max_flights = 1 if overlap else 0
+        self._landed_at = clock.now()
         self._steps = 0
         self._failures_in_a_row = 0
         self._idle = True
@@ -96,19 +117,24 @@ class Engine:
     # ---- the engine thread
 
     def turn(self) -> bool:
-        """Take commands, run one step, report. Returns whether there was anything to run.
+        """Take commands, launch a step, land the one before, report. Returns whether there was anything to run.
 
         The engine thread does this over and over; a simulation does it instead of `start`.
         """
         started = self._clock.now()
         for command in (*self._inbox.drain(), *self._ports.ready_to_admit()):
             self._handle(command)
-        step = self._step()
+        has_launched = self._launch_next(started)
+        landed = self._land_next() if len(self._flights) > (self._max_flights if has_launched else 0) else None
         self._progress_at = self._clock.now()
         self._stats = self._snapshot()
-        if step or self._log:
-            self._report(step, self._progress_at - started)
-        return bool(step)
+        if landed is not None or self._log:
+            self._report(
+                landed, self._progress_at - max(started if landed is None else landed.started, self._landed_at)
+            )
+        if landed is not None:
+            self._landed_at = self._progress_at
+        return has_launched or landed is not None
 
     def _run(self) -> None:
         with self._runner.on_this_thread():
@@ -116,6 +142,7 @@ class Engine:
             while not self._inbox.is_closed():
                 if not self.turn():
                     self._wait()
+            self._runner.settle()
 
     def _wait(self) -> None:
         self._idle = True
@@ -130,33 +157,64 @@ class Engine:
             logger.exception("a command went wrong: %s", type(command).__name__)
             self._book.reject(command, repr(error))
 
-    def _step(self) -> ScheduledStep:
+    def _launch_next(self, started: float) -> bool:
+        """Whether a step was planned. Where it goes wrong its requests fail."""
         step: ScheduledStep | None = None
         try:
             step = self._scheduler.schedule()
             if step:
-                self._execute(step)
-                self._steps += 1
-                self._failures_in_a_row = 0
+                self._flights.append(self._launch(step, started))
         except Exception as error:
             logger.exception("a step went wrong; its requests fail")
-            self._failures_in_a_row += 1
-            for request in self._book.unfinished() if step is None else list(step.requests()):
-                if request.phase in (Phase.WAITING, Phase.RUNNING):
-                    self._book.fail(request, "internal", repr(error))
-        return step if step is not None else ScheduledStep()
+            self._fail(self._book.unfinished() if step is None else step.requests(), error)
+        return bool(step)
 
-    def _execute(self, step: ScheduledStep) -> None:
+    def _land_next(self) -> _Flight:
+        flight = self._flights.popleft()
+        try:
+            self._land(flight)
+            self._steps += 1
+            self._failures_in_a_row = 0
+        except Exception as error:
+            logger.exception("a step went wrong; its requests fail")
+            self._fail(flight.step.requests(), error)
+        return flight
+
+    def _fail(self, requests: Iterable[Request], error: Exception) -> None:
+        self._failures_in_a_row += 1
+        try:
+            self._runner.settle()
+        except Exception:
+            logger.exception("the device is lost")
+        for request in list(requests):
+            if request.phase in (Phase.WAITING, Phase.RUNNING):
+                self._book.fail(request, "internal", repr(error))
+
+    def _launch(self, step: ScheduledStep, started: float) -> _Flight:
         for segment in step.prefills:
             if segment.is_first:
                 self._log.event(segment.request.request_id, events.PREFILL_START)
         hand_overs = [segment for segment in step.prefills if segment.request.hand_over]
-        batch = build_batch(step, self._pool.block_size)
-        sampled = step.sampled()
-        tokens = self._runner.run(batch, sampled, self._groups if hand_overs else (), self._announcer(hand_overs))
-        broken = {request.request_id for request, token in zip(sampled, tokens, strict=True) if token == NOT_FINITE}
-        self._advance(step, broken)
-        for request, token in zip(sampled, tokens, strict=True):
+        groups = self._groups if hand_overs else ()
+        tokens = self._runner.launch(step, groups, self._announcer(hand_overs))
+        ends = tuple(r.num_computed_tokens + 1 for r in step.decodes) + tuple(s.end for s in step.prefills)
+        for request, end in zip(step.requests(), ends, strict=True):
+            request.num_computed_tokens = end
+            request.steps_in_flight += 1
+        for row, request in enumerate(step.sampled()):
+            request.draw_row = row
+        return _Flight(step, ends, tokens, started)
+
+    def _land(self, flight: _Flight) -> None:
+        step = flight.step
+        try:
+            tokens = flight.tokens.wait()
+        finally:
+            for request in step.requests():
+                self._book.landed(request)
+        drawn = [(r, token) for r, token in zip(step.sampled(), tokens, strict=True) if r.phase is Phase.RUNNING]
+        self._advance(flight, {request.request_id for request, token in drawn if token == NOT_FINITE})
+        for request, token in drawn:
             if token == NOT_FINITE:
                 self._book.fail(request, "internal", "the model's logits are not finite")
             else:
@@ -176,19 +234,14 @@ class Engine:
 
         return on_layer_group
 
-    def _advance(self, step: ScheduledStep, broken: set[str]) -> None:
-        """The step's tokens are computed: count them and let others find the blocks that are full now."""
-        for request in step.decodes:
-            self._computed(request, request.num_computed_tokens + 1, broken)
-        for segment in step.prefills:
-            self._computed(segment.request, segment.end, broken)
-            if segment.is_last:
+    def _advance(self, flight: _Flight, broken: set[str]) -> None:
+        """The step's tokens are computed: let others find the blocks that are full now."""
+        for request, end in zip(flight.step.requests(), flight.ends, strict=True):
+            if request.phase is Phase.RUNNING and request.request_id not in broken:
+                self._pool.register(request.request_id, request.token_ids, end)
+        for segment in flight.step.prefills:
+            if segment.is_last and segment.request.phase is Phase.RUNNING:
                 self._log.event(segment.request.request_id, events.PREFILL_END)
-
-    def _computed(self, request: Request, num_tokens: int, broken: set[str]) -> None:
-        request.num_computed_tokens = num_tokens
-        if request.request_id not in broken:
-            self._pool.register(request.request_id, request.token_ids, num_tokens)
 
     def _accept(self, request: Request, token: int) -> None:
         """A request's next token is drawn: it goes out, and may be the last."""
@@ -204,8 +257,9 @@ class Engine:
         else:
             self._log.output(request, (token,), None)
 
-    def _report(self, step: ScheduledStep, seconds: float) -> None:
-        report = self._log.take(step.num_prefill_tokens, len(step.decodes), seconds)
+    def _report(self, landed: _Flight | None, seconds: float) -> None:
+        step = ScheduledStep() if landed is None else landed.step
+        report = self._log.take(step.num_prefill_tokens, len(step.decodes), max(0.0, seconds))
         try:
             self._ports.on_step(report)
         except Exception:

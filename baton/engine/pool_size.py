@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from baton.common.config import EngineConfig
 from baton.common.errors import ConfigError
-from baton.engine.attention.base import AttentionBackend
 from baton.engine.batch import Batch
 from baton.engine.kv_layout import KVLayout
-from baton.engine.models.decoder import Decoder
 from baton.engine.runner import Runner
 
 logger = logging.getLogger(__name__)
+
+MakeRunner = Callable[[torch.Tensor], Runner]
 
 CPU_CACHE_BYTES = 256 * 2**20
 CPU_TOKENS_PER_SEQ = 256
@@ -41,40 +42,42 @@ def checked_num_blocks(num_blocks: int, layout: KVLayout, max_model_len: int) ->
 
 
 def measured_num_blocks(
-    model: Decoder, backend: AttentionBackend, layout: KVLayout, config: EngineConfig, max_model_len: int
+    make_runner: MakeRunner, layout: KVLayout, config: EngineConfig, max_model_len: int, device: torch.device
 ) -> int:
-    """What the GPU has left for the cache beside weights, the largest step and the share that it must keep free.
+    """What the GPU has left for the cache beside weights, decode graphs, the largest step and what must stay free.
 
     Runs the largest step once: `max_num_batched_tokens` of prefill and a sampled row for each of `max_num_seqs`.
     """
-    device = model.device
     try:
-        step_bytes = _largest_step_bytes(model, backend, layout, config, max_model_len)
+        step_bytes, graph_bytes = _measure(make_runner, layout, config, max_model_len, device)
     except torch.OutOfMemoryError as error:
         message = f"the largest step does not fit into the memory of {device}: lower it: {error}"
         raise ConfigError("engine.max_num_batched_tokens", message) from None
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    room = int(total * config.gpu_memory_utilization) - (total - free) - step_bytes
-    logger.info("GPU memory: %d of %d bytes free, the largest step takes %d", free, total, step_bytes)
+    room = int(total * config.gpu_memory_utilization) - (total - free) - step_bytes - graph_bytes
+    used = "GPU memory: %d of %d bytes free, the largest step takes %d, decode graphs take %d"
+    logger.info(used, free, total, step_bytes, graph_bytes)
     if room < layout.block_bytes:
         message = f"{config.gpu_memory_utilization} of the memory of {device} leaves nothing for the KV cache: raise it"
         raise ConfigError("engine.gpu_memory_utilization", message)
     return room // layout.block_bytes
 
 
-def _largest_step_bytes(
-    model: Decoder, backend: AttentionBackend, layout: KVLayout, config: EngineConfig, max_model_len: int
-) -> int:
+def _measure(
+    make_runner: MakeRunner, layout: KVLayout, config: EngineConfig, max_model_len: int, device: torch.device
+) -> tuple[int, int]:
+    """Bytes of the largest step and of all decode graphs, taken on a cache that is just large enough."""
     batch = _profiling_batch(config, max_model_len)
-    kv_cache = layout.allocate(batch.block_tables.shape[1], model.device)
-    runner = Runner(model, kv_cache, layout, backend)
-    torch.cuda.synchronize(model.device)
-    before = torch.cuda.memory_allocated(model.device)
-    torch.cuda.reset_peak_memory_stats(model.device)
+    runner = make_runner(layout.allocate(batch.block_tables.shape[1], device))
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     runner.profile(batch)
-    torch.cuda.synchronize(model.device)
-    return torch.cuda.max_memory_allocated(model.device) - before
+    torch.cuda.synchronize(device)
+    step_bytes = torch.cuda.max_memory_allocated(device) - before
+    decode_path, runner.decode_path = runner.decode_path, None
+    return step_bytes, decode_path.measure() if decode_path is not None else 0
 
 
 def _profiling_batch(config: EngineConfig, max_model_len: int) -> Batch:
@@ -91,6 +94,8 @@ def _profiling_batch(config: EngineConfig, max_model_len: int) -> Batch:
         context_lens=np.array(lens, dtype=np.int32),
         block_tables=np.tile(blocks, (len(lens), 1)),
         sample_rows=np.zeros(min(config.max_num_seqs, budget), dtype=np.int64),
+        draw_positions=np.ones(min(config.max_num_seqs, budget), dtype=np.int64),
+        draw_rows=np.zeros(0, dtype=np.int64),
         max_seqlen_q=max(lens),
         num_decodes=0,
         num_prefills=len(lens),

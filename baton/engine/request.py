@@ -23,6 +23,10 @@ class Request:
 
     `hand_over`: stop after the first token and keep the blocks for the transfer. `num_emitted`: tokens of the prompt
     that earlier attempts already emitted, so the first new token has output position `num_emitted`.
+
+    `num_computed_tokens` runs ahead of the tokens: it counts a step from its launch on, so the last token may be drawn
+    and not be known yet. `draw_row` is its row among the draws of the step launched last; `steps_in_flight` counts the
+    launched steps that use the request's blocks and have not ended.
     """
 
     request_id: str
@@ -37,6 +41,8 @@ class Request:
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     phase: Phase = Phase.WAITING
+    draw_row: int = -1
+    steps_in_flight: int = 0
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -54,6 +60,12 @@ class Request:
     @property
     def is_prefilling(self) -> bool:
         return self.num_computed_tokens < self.num_prompt_tokens
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether a decode step is due: the prompt is computed, and what is drawn, known or not, is below the limit."""
+        num_drawn = self.num_computed_tokens - self.num_prompt_tokens + 1
+        return not self.hand_over and 0 < num_drawn < self.sampling.max_tokens
 
     @property
     def max_total_tokens(self) -> int:

@@ -1,40 +1,53 @@
-"""One forward pass: from a batch of arrays to one token per sampled row. Engine thread, its device's current stream."""
+"""One step on the device: from the scheduler's choice to one token per sampled row. Engine thread, current stream."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from baton.common.sampling import SamplingParams
 from baton.engine.attention.base import AttentionBackend, AttentionMetadata
-from baton.engine.batch import Batch
+from baton.engine.batch import Batch, ScheduledStep, build_batch
+from baton.engine.decode_path import DecodePath
 from baton.engine.kv_layout import KVLayout
 from baton.engine.models.decoder import Decoder
 from baton.engine.request import Request
-from baton.engine.sampler import SamplingRows, sample, sampling_rows
+from baton.engine.sampler import TokenSampler
+from baton.engine.staging import KnownTokens, PendingTokens, make_staging
 
 LayerGroups = Sequence[tuple[int, int]]
 OnLayerGroup = Callable[[int, int, "torch.cuda.Event | None"], None]
 
 
 class Runner:
-    """Owns the model and the KV cache.
+    """Owns the model, the KV cache and the draws of the step launched last.
 
     `kv_cache`: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]. Other threads may read blocks that were
-    announced to them, after the event that came with the announcement.
+    announced to them, after the event that came with the announcement. At most `max_draws` rows are drawn in a step.
+    `decode_path`, set once by the builder where the device has one, runs steps that only decode.
     """
 
-    def __init__(self, model: Decoder, kv_cache: torch.Tensor, layout: KVLayout, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        kv_cache: torch.Tensor,
+        layout: KVLayout,
+        backend: AttentionBackend,
+        sampler: TokenSampler,
+        max_draws: int,
+    ) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.layout = layout
         self.vocab_size = model.config.vocab_size
-        self._backend = backend
+        self.draws = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
+        self.decode_path: DecodePath | None = None
+        self.backend = backend
+        self.sampler = sampler
         self._device = model.device
+        self._staging = make_staging(model.device, max_draws)
 
     @property
     def num_blocks(self) -> int:
@@ -45,38 +58,80 @@ class Runner:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     @torch.inference_mode()
-    def run(
-        self, batch: Batch, sampled: Sequence[Request], groups: LayerGroups, on_layer_group: OnLayerGroup
-    ) -> list[int]:
-        """Compute a batch; returns one token per row of `batch.sample_rows`, which belong to `sampled`.
+    def launch(self, step: ScheduledStep, groups: LayerGroups, on_layer_group: OnLayerGroup) -> PendingTokens:
+        """Start a step. The result waits for one token per request of `step.sampled()`.
 
         A token is negative where the logits were not finite. After the last layer of each of `groups` has been
         launched, `on_layer_group(layer_start, layer_end, event)` is called; the event fires when it is computed.
         """
-        hidden = self._forward(batch, self._after_layer(groups, on_layer_group) if groups else None)
-        if not sampled:
-            return []
-        tokens = self._sample(hidden, batch, sampling_rows(sampled, self.vocab_size, self._device))
-        return [int(token) for token in tokens.tolist()]
+        if self.decode_path is not None and self.decode_path.takes(step):
+            num_drawn = len(step.decodes)
+            self.decode_path.launch(step.decodes)
+        else:
+            num_drawn = self._launch_eagerly(step, groups, on_layer_group)
+        return self._staging.read_back(self.draws[:num_drawn]) if num_drawn else KnownTokens([])
+
+    def settle(self) -> None:
+        """Wait until nothing that was launched still runs. Raises what the device reports."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     @torch.inference_mode()
     def profile(self, batch: Batch) -> None:
         """Compute a batch and draw its rows in the way that takes the most memory. The cache is written."""
         example = Request("profile", [0], SamplingParams(max_tokens=1, top_p=0.9, top_k=50), arrival=0.0)
-        rows = sampling_rows([example] * len(batch.sample_rows), self.vocab_size, self._device)
-        self._sample(self._forward(batch, None), batch, rows)
-
-    def _forward(self, batch: Batch, after_layer: Callable[[int], None] | None) -> torch.Tensor:
-        input_ids, positions = self._tensor(batch.input_ids), self._tensor(batch.positions)
-        meta = self._metadata(batch)
-        return self.model.forward(input_ids, positions, self.kv_cache, meta, self._backend, after_layer)
-
-    def _sample(self, hidden: torch.Tensor, batch: Batch, rows: SamplingRows) -> torch.Tensor:
-        return sample(self.model.logits(hidden[self._tensor(batch.sample_rows)]), rows)
+        self._compute(batch, [example] * len(batch.sample_rows), None)
 
     def fill_with_nan(self, blocks: Sequence[int]) -> None:
         """Poison blocks, so that a read of what nobody has written shows. For tests: the pool's `on_allocate`."""
         self.kv_cache[:, :, list(blocks)] = torch.nan
+
+    def _launch_eagerly(self, step: ScheduledStep, groups: LayerGroups, on_layer_group: OnLayerGroup) -> int:
+        if self.decode_path is not None:
+            self.decode_path.forget_last()
+        sampled = step.sampled()
+        after_layer = self._after_layer(groups, on_layer_group) if groups else None
+        tokens = self._compute(build_batch(step, self.layout.block_size), sampled, after_layer)
+        if tokens is not None:
+            self.draws[: len(sampled)].copy_(tokens)
+        return len(sampled)
+
+    def _compute(
+        self, batch: Batch, sampled: Sequence[Request], after_layer: Callable[[int], None] | None
+    ) -> torch.Tensor | None:
+        arrays = (
+            batch.input_ids,
+            batch.positions,
+            batch.cu_seqlens_q,
+            batch.context_lens,
+            batch.block_tables,
+            batch.slot_mapping,
+            batch.sample_rows,
+            batch.draw_rows,
+        )
+        input_ids, positions, starts, lens, tables, slots, sample_rows, draw_rows = self._staging.upload(arrays)
+        meta = AttentionMetadata(
+            cu_seqlens_q=starts,
+            context_lens=lens,
+            block_tables=tables,
+            slot_mapping=slots,
+            max_seqlen_q=batch.max_seqlen_q,
+            num_prefill_tokens=batch.num_prefill_tokens,
+            num_prefills=batch.num_prefills,
+            num_decodes=batch.num_decodes,
+            fresh_rows=batch.fresh_rows,
+        )
+        if (batch.draw_rows >= 0).any():
+            input_ids[: batch.num_decodes] = self._known(input_ids[: batch.num_decodes], draw_rows)
+        hidden = self.model.forward(input_ids, positions, self.kv_cache, meta, self.backend, after_layer)
+        if not sampled:
+            return None
+        return self.sampler.sample(self.model.logits(hidden[sample_rows]), sampled, batch.draw_positions)
+
+    def _known(self, input_ids: torch.Tensor, draw_rows: torch.Tensor) -> torch.Tensor:
+        # A draw from logits that were not finite is negative; its sequence ends, but this step must not read outside.
+        drawn = self.draws[draw_rows.clamp(min=0)].clamp(min=0)
+        return torch.where(draw_rows >= 0, drawn, input_ids)
 
     def _after_layer(self, groups: LayerGroups, on_layer_group: OnLayerGroup) -> Callable[[int], None]:
         start_of_last = {end - 1: start for start, end in groups}
@@ -92,19 +147,3 @@ class Runner:
             return None
         event: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
         return event
-
-    def _metadata(self, batch: Batch) -> AttentionMetadata:
-        return AttentionMetadata(
-            cu_seqlens_q=self._tensor(batch.cu_seqlens_q),
-            context_lens=self._tensor(batch.context_lens),
-            block_tables=self._tensor(batch.block_tables),
-            slot_mapping=self._tensor(batch.slot_mapping),
-            max_seqlen_q=batch.max_seqlen_q,
-            num_prefill_tokens=batch.num_prefill_tokens,
-            num_prefills=batch.num_prefills,
-            num_decodes=batch.num_decodes,
-        )
-
-    def _tensor(self, array: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> torch.Tensor:
-        # From pageable memory: such a copy has left the array before it returns, so the array may be reused.
-        return torch.from_numpy(array).to(self._device, non_blocking=True)

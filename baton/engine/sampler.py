@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from baton.engine.philox import philox4x32
@@ -19,6 +22,28 @@ from baton.engine.request import Request
 NOT_FINITE = -1
 _WORD = 0xFFFFFFFF
 _MIN_TEMPERATURE = 1e-6  # a float32 that is not flushed to zero
+
+
+class TokenSampler(Protocol):
+    """Draws on the device of the logits, without waiting for it where that can be avoided."""
+
+    def sample(
+        self, logits: torch.Tensor, requests: Sequence[Request], positions: npt.NDArray[np.int64]
+    ) -> torch.Tensor:
+        """logits: [num_rows, vocab_size]; `positions`: where in its sequence each request's token will stand.
+
+        Returns int64 [num_rows], NOT_FINITE where a row has no finite maximum.
+        """
+        ...
+
+
+class TorchSampler:
+    """Implements `TokenSampler` in plain torch."""
+
+    def sample(
+        self, logits: torch.Tensor, requests: Sequence[Request], positions: npt.NDArray[np.int64]
+    ) -> torch.Tensor:
+        return sample(logits.float(), sampling_rows(requests, logits.shape[-1], logits.device, positions.tolist()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +66,12 @@ class SamplingRows:
     any_restricted: bool
 
 
-def sampling_rows(requests: Sequence[Request], vocab_size: int, device: torch.device) -> SamplingRows:
-    """Settings of the next token of each request, in order."""
+def sampling_rows(
+    requests: Sequence[Request], vocab_size: int, device: torch.device, positions: Sequence[int] | None = None
+) -> SamplingRows:
+    """Settings of the next token of each request, in order. `positions` of the tokens: by default after the known."""
+    if positions is None:
+        positions = [len(r.token_ids) for r in requests]
     drawn = [(row, r, r.sampling) for row, r in enumerate(requests) if r.sampling.temperature > 0]
     top_k = [min(s.top_k, vocab_size) if s.top_k > 0 else vocab_size for _, _, s in drawn]
 
@@ -59,7 +88,7 @@ def sampling_rows(requests: Sequence[Request], vocab_size: int, device: torch.de
         top_p=reals([s.top_p for _, _, s in drawn]),
         key_low=words([s.seed & _WORD for _, _, s in drawn]),
         key_high=words([s.seed >> 32 for _, _, s in drawn]),
-        position=words([len(r.token_ids) for _, r, _ in drawn]),
+        position=words([positions[row] for row, _, _ in drawn]),
         choice=words([s.choice for _, _, s in drawn]),
         any_drawn=bool(drawn),
         any_restricted=any(k < vocab_size or s.top_p < 1 for k, (_, _, s) in zip(top_k, drawn, strict=True)),

@@ -24,6 +24,8 @@ def warm_up(runner: Runner, max_num_seqs: int) -> None:
     for num_decodes in decode_sizes(max_num_seqs):
         runner.profile(harmless_batch(num_decodes, num_prefills=0))
     runner.profile(harmless_batch(1, num_prefills=1))
+    if runner.decode_path is not None:
+        runner.decode_path.prepare()
     logger.info("kernels ready after %.1f s", time.monotonic() - started)
 
 
@@ -44,6 +46,8 @@ def harmless_batch(num_decodes: int, num_prefills: int) -> Batch:
         context_lens=lens,
         block_tables=np.zeros((len(lens), 1), dtype=np.int32),
         sample_rows=np.arange(num_decodes, dtype=np.int64),
+        draw_positions=np.ones(num_decodes, dtype=np.int64),
+        draw_rows=np.full(num_decodes, -1, dtype=np.int64),
         max_seqlen_q=PROMPT_TOKENS if num_prefills else 1,
         num_decodes=num_decodes,
         num_prefills=num_prefills,

@@ -25,6 +25,7 @@ class AttentionMetadata:
     block_tables: int32 [num_seqs, max_blocks], max_blocks >= 1, physical blocks; entries past the context are not used
     slot_mapping: int64 [num_tokens], block * block_size + offset of a token; -1: not stored
     max_seqlen_q: longest prefill segment (1 when there is none); an upper bound is enough
+    fresh_rows: token rows [start, end) of every prefill segment, if none of them has a context before it; else empty
     """
 
     cu_seqlens_q: torch.Tensor
@@ -35,6 +36,7 @@ class AttentionMetadata:
     num_prefill_tokens: int
     num_prefills: int
     num_decodes: int
+    fresh_rows: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_seqs(self) -> int:
@@ -70,6 +72,16 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def attend(self, q: torch.Tensor, layer_kv: torch.Tensor, meta: AttentionMetadata, scale: float) -> torch.Tensor:
-        """Causal attention of the new tokens over their context in the cache: [num_tokens, num_heads, head_dim]."""
+    def attend(
+        self,
+        q: torch.Tensor,
+        layer_kv: torch.Tensor,
+        meta: AttentionMetadata,
+        scale: float,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of the new tokens over their context in the cache: [num_tokens, num_heads, head_dim].
+
+        `fresh`: k and v of the new tokens as they were stored, for a backend that has a faster way over them alone.
+        """
         ...

@@ -32,7 +32,15 @@ class TorchBackend:
         _rotate(k, cos, sin)
         _store(k, v, layer_kv, meta.slot_mapping)
 
-    def attend(self, q: torch.Tensor, layer_kv: torch.Tensor, meta: AttentionMetadata, scale: float) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        layer_kv: torch.Tensor,
+        meta: AttentionMetadata,
+        scale: float,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        del fresh
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         context_lens = meta.context_lens.tolist()
         n = meta.num_decodes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from baton.engine.attention.base import AttentionMetadata
+from baton.engine.attention.dense import DensePrefill
 from baton.engine.kernels.decode_attention import decode_attention
 from baton.engine.kernels.prefill_attention import prefill_attention
 from baton.engine.kernels.rope_store import rope_and_store
@@ -20,6 +21,7 @@ class TritonBackend:
 
     def __init__(self, device: torch.device) -> None:
         self._tuning = Tuning.of(device)
+        self._dense = DensePrefill(self._tuning)
 
     def rope_and_store(
         self,
@@ -33,13 +35,22 @@ class TritonBackend:
     ) -> None:
         rope_and_store(q, k, v, positions, cos_sin, layer_kv, meta.slot_mapping)
 
-    def attend(self, q: torch.Tensor, layer_kv: torch.Tensor, meta: AttentionMetadata, scale: float) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        layer_kv: torch.Tensor,
+        meta: AttentionMetadata,
+        scale: float,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         num_kv_heads, head_dim = layer_kv.shape[3:]
         if meta.num_decodes:
             config = self._tuning.decode(head_dim, num_kv_heads, q.dtype)
             decode_attention(q, layer_kv, out, meta.context_lens, meta.block_tables, meta.num_decodes, scale, config)
-        if meta.num_prefills:
+        if meta.num_prefills and fresh is not None and self._dense.pays(q, meta):
+            self._dense.attend(q, *fresh, out, meta.fresh_rows, scale)
+        elif meta.num_prefills:
             prefill_attention(
                 q,
                 layer_kv,

@@ -33,6 +33,18 @@ class DecodeConfig:
     min_tiles: int
 
 
+@dataclass(frozen=True, slots=True)
+class DenseConfig:
+    """When cuDNN's dense attention beats the paged kernel: it is `speedup` times faster on equal work, for segments of
+    `min_tokens` to `max_tokens` tokens, padded to multiples of `step`.
+    """
+
+    min_tokens: int
+    max_tokens: int
+    step: int
+    speedup: float
+
+
 # Head dimensions are padded to these; a table gives its rows in this order.
 _HEAD_DIMS: Final = (64, 128, 256)
 
@@ -56,6 +68,9 @@ _HALF_DECODE: Final = MappingProxyType(
 _FLOAT32_DECODE: Final = ((32, 4, 2, 4, 2), (32, 4, 2, 4, 2), (16, 4, 2, 4, 2))
 
 
+_DENSE: Final = MappingProxyType({9: DenseConfig(min_tokens=1024, max_tokens=8192, step=1024, speedup=1.4)})
+
+
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """What a device is: the generation whose rows are used, and its number of streaming multiprocessors."""
@@ -74,6 +89,10 @@ class Tuning:
     def prefill(self, head_dim: int, dtype: torch.dtype) -> PrefillConfig:
         rows = _HALF_PREFILL[self.generation] if dtype.itemsize == 2 else _FLOAT32_PREFILL
         return rows[_row(head_dim)]
+
+    def dense(self, head_dim: int, dtype: torch.dtype) -> DenseConfig | None:
+        """None where it was not measured, or where cuDNN has no kernel."""
+        return _DENSE.get(self.generation) if dtype.itemsize == 2 and head_dim in (64, 128) else None
 
     def decode(self, head_dim: int, num_kv_heads: int, dtype: torch.dtype) -> DecodeConfig:
         rows = _HALF_DECODE[self.generation] if dtype.itemsize == 2 else _FLOAT32_DECODE

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch.nn.functional import linear
+from torch.nn import functional
+
+from baton.engine.layers.device import cuda_kernels
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x: [num_tokens, in_size], weight: [out_size, in_size]. Returns [num_tokens, out_size]."""
+    if x.is_cuda:
+        return cuda_kernels().linear(x, weight, bias)
+    return functional.linear(x, weight, bias)
 
 
 class FusedLinear:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from baton.engine.attention.base import AttentionBackend, AttentionMetadata
 from baton.engine.layers.activation import silu_and_mul
-from baton.engine.layers.linear import FusedLinear
+from baton.engine.layers.linear import FusedLinear, linear
 from baton.engine.layers.norm import add_rms_norm, rms_norm
 from baton.engine.layers.rope import cos_sin_table
 from baton.engine.models.config import ModelConfig
@@ -49,7 +49,7 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, c.rms_norm_eps), rms_norm(k, self.k_norm, c.rms_norm_eps)
         backend.rope_and_store(q, k, v, positions, cos_sin, layer_kv, meta)
-        return self.out(backend.attend(q, layer_kv, meta, self.scale).flatten(1))
+        return self.out(backend.attend(q, layer_kv, meta, self.scale, (k, v)).flatten(1))
 
     def checkpoint_views(self, prefix: str) -> dict[str, torch.Tensor]:
         views = self.qkv.checkpoint_views(prefix) | self.out.checkpoint_views(prefix)
@@ -134,5 +134,5 @@ class Decoder:
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [num_rows, hidden_size]. Returns float32 [num_rows, vocab_size]."""
-        return linear(hidden, self.lm_head).float()
+        """hidden: [num_rows, hidden_size]. Returns [num_rows, vocab_size] in the model's type."""
+        return linear(hidden, self.lm_head)

@@ -60,7 +60,7 @@ class ChunkedScheduler:
         self._running.pop(request.request_id, None)
 
     def schedule(self) -> ScheduledStep:
-        decodes = tuple(r for r in self._running.values() if not r.is_prefilling)
+        decodes = tuple(r for r in self._running.values() if r.wants_token)
         for request in decodes:
             self._pool.grow(request.request_id, self._pool.blocks_for(request.num_computed_tokens + 1))
         budget = self._max_num_batched_tokens - len(decodes)

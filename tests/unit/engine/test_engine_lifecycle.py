@@ -188,13 +188,13 @@ def test_a_step_that_raises_fails_its_requests_only(
 ) -> None:
     harness.add(*(greedy(f"r{n}", random_prompt(30, seed=n), 20) for n in range(3)))
     harness.turn()
-    original = harness.engine._runner.run
+    original = harness.engine._runner.launch
 
     def broken(*args: object) -> list[int]:
-        monkeypatch.setattr(harness.engine._runner, "run", original)
+        monkeypatch.setattr(harness.engine._runner, "launch", original)
         raise RuntimeError("the model fell over")
 
-    monkeypatch.setattr(harness.engine._runner, "run", broken)
+    monkeypatch.setattr(harness.engine._runner, "launch", broken)
     harness.turn()
     failed = {failure.request_id for failure in harness.ports.failures}
     assert failed == {"r0", "r1"}
@@ -409,7 +409,7 @@ def test_a_release_ends_a_running_hand_over_but_never_a_local_request(harness: H
 def test_a_failed_hand_over_keeps_its_blocks_until_release(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     harness.add(greedy("h", random_prompt(50), 60, hand_over=True))
     harness.turn()
-    monkeypatch.setattr(harness.engine._runner, "run", lambda *_: 1 / 0)
+    monkeypatch.setattr(harness.engine._runner, "launch", lambda *_: 1 / 0)
     harness.turn()
     assert [failure.request_id for failure in harness.ports.failures] == ["h"]
     assert harness.blocks.leased == 4

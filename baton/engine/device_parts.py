@@ -1,0 +1,43 @@
+"""What differs between a CPU and a GPU, chosen once by the engine's builder."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from baton.common.config import EngineConfig
+from baton.engine.attention.base import AttentionBackend
+from baton.engine.attention.factory import make_backend
+from baton.engine.decode_path import DecodePath
+from baton.engine.runner import Runner
+from baton.engine.sampler import TokenSampler, TorchSampler
+
+
+class MakeDecodePath(Protocol):
+    def __call__(self, runner: Runner, config: EngineConfig, max_model_len: int) -> DecodePath | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceParts:
+    backend: AttentionBackend
+    sampler: TokenSampler
+    make_decode_path: MakeDecodePath
+
+
+def make_device_parts(device: torch.device) -> DeviceParts:
+    """Triton kernels and CUDA graphs on a GPU, plain torch elsewhere."""
+    backend = make_backend(device)
+    if device.type != "cuda":
+        return DeviceParts(backend, TorchSampler(), _no_decode_path)
+    # Imported by name: a CPU build of torch comes without Triton, and only this branch needs it.
+    sampler: TokenSampler = importlib.import_module("baton.engine.cuda.sampler").TritonSampler(device)
+    make_decode_path: MakeDecodePath = importlib.import_module("baton.engine.cuda.decode_graphs").make_decode_graphs
+    return DeviceParts(backend, sampler, make_decode_path)
+
+
+def _no_decode_path(runner: Runner, config: EngineConfig, max_model_len: int) -> DecodePath | None:
+    del runner, config, max_model_len
+    return None
