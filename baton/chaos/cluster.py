@@ -11,6 +11,7 @@ import contextlib
 import os
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,17 @@ class TargetCluster:
             elif name == "baton_staging_slots_in_use":
                 use.setdefault(labels["worker"], {})["staging"] = value
         return use
+
+    async def attempts(self) -> tuple[dict[str, int], int]:
+        """The router's attempts by outcome, and how many frames about ended ones it has dropped."""
+        outcomes: Counter[str] = Counter()
+        fenced = 0
+        for name, labels, value in _samples((await self._http.get("/metrics")).text):
+            if name == "baton_attempts_total":
+                outcomes[labels["outcome"]] += int(value)
+            elif name == "baton_fenced_frames_total":
+                fenced = int(value)
+        return dict(outcomes), fenced
 
     async def _get(self, path: str) -> dict[str, Any]:
         response = await self._http.get(path)

@@ -29,12 +29,16 @@ _TITLES = {"kill_gcs": "gcs_server", "kill_controller": "ray::ClusterController"
 
 @dataclass(slots=True)
 class Injection:
-    """One fault that was done. `at` is `time.monotonic`; `complete_after_s`: until the cluster was whole again."""
+    """One fault that was done, from `at` to `until` (`time.monotonic`, the same for one that takes no time).
+
+    `whole_after_s`: seconds from its end until the cluster was complete again; None: it was not, within the limit or
+    before the end of the run.
+    """
 
     label: str
     at: float
-    worker_id: str = ""
-    complete_after_s: float | None = None
+    until: float
+    whole_after_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -48,6 +52,7 @@ class FaultSeries:
     rng: random.Random
     recover_s: float
     done: list[Injection] = field(default_factory=list)
+    _watches: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def run(self, fault: Fault, start: float) -> None:
         """All times of one fault; ends after the last one, or never."""
@@ -78,14 +83,22 @@ class FaultSeries:
             case _:
                 assert_never(fault)
 
+    async def recovered(self) -> None:
+        """Returns once it is known of every fault how long the cluster took to be whole again."""
+        await asyncio.gather(*self._watches)
+
     @contextlib.asynccontextmanager
-    async def _injected(self, name: str, worker_id: str = "", gone: bool = False) -> AsyncIterator[None]:
-        """Note a fault before it is done, and how long the cluster needs after it."""
-        injection = Injection(name, time.monotonic(), worker_id)
+    async def _injected(self, name: str, gone: Worker | None = None) -> AsyncIterator[None]:
+        """Note a fault before it is done. What follows it is watched while other faults go on."""
+        injection = Injection(name, time.monotonic(), time.monotonic())
         self.done.append(injection)
         yield
-        without = frozenset({worker_id} if gone else ())
-        injection.complete_after_s = await until_complete(self.cluster, self.size, self.recover_s, without)
+        injection.until = time.monotonic()
+        watch = asyncio.create_task(self._watch(injection, frozenset({gone.worker_id} if gone else ())))
+        self._watches.add(watch)
+
+    async def _watch(self, injection: Injection, gone: frozenset[str]) -> None:
+        injection.whole_after_s = await until_complete(self.cluster, self.size, self.recover_s, gone)
 
     async def _random_worker(self, role: WorkerRole) -> tuple[Worker, int]:
         """Waits for one if none is up. Raises BatonError when none comes."""
@@ -101,12 +114,12 @@ class FaultSeries:
 
     async def _kill(self, victim: tuple[Worker, int], name: str) -> None:
         worker, pid = victim
-        async with self._injected(name, worker.worker_id, gone=True):
+        async with self._injected(name, gone=worker):
             os.kill(pid, signal.SIGKILL)
 
     async def _pause(self, victim: tuple[Worker, int], name: str, for_s: float) -> None:
-        worker, pid = victim
-        async with self._injected(name, worker.worker_id):
+        _, pid = victim
+        async with self._injected(name):
             os.kill(pid, signal.SIGSTOP)
             try:
                 await asyncio.sleep(for_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +26,8 @@ class Row:
     wrong: int = 0
     near_ties: int = 0
     stall_s: float = 0.0
-    complete_s: float = 0.0
-    never_complete: int = 0
+    whole_s: float = 0.0
+    never_whole: int = 0
 
 
 def rows(result: Result) -> dict[str, Row]:
@@ -35,11 +36,11 @@ def rows(result: Result) -> dict[str, Row]:
     for injection in result.faults:
         row = table[injection.label]
         row.injected += 1
-        row.stall_s = max(row.stall_s, longest_stall_s(result.streams, injection.at))
-        if injection.complete_after_s is None:
-            row.never_complete += 1
+        row.stall_s = max(row.stall_s, longest_stall_s(result.streams, injection))
+        if injection.whole_after_s is None:
+            row.never_whole += 1
         else:
-            row.complete_s = max(row.complete_s, injection.complete_after_s)
+            row.whole_s = max(row.whole_s, injection.whole_after_s)
     for index, stream in enumerate(result.streams):
         name = _blamed(result.faults, stream)
         table[name].lost += index in result.lost
@@ -48,11 +49,16 @@ def rows(result: Result) -> dict[str, Row]:
     return dict(table)
 
 
-def longest_stall_s(streams: list[Stream], at: float) -> float:
-    """Of the streams that ran at that time: the longest wait for the next token."""
-    running = (stream for stream in streams if stream.started_at <= at < stream.ended_at)
-    following = (next((arrival for arrival in stream.arrivals if arrival > at), at) for stream in running)
-    return max((arrival - at for arrival in following), default=0.0)
+def longest_stall_s(streams: list[Stream], injection: Injection) -> float:
+    """The longest wait of a client for its next token, its first included, that the fault can have caused."""
+    return max((_stall_s(stream, injection) for stream in streams), default=0.0)
+
+
+def _stall_s(stream: Stream, injection: Injection) -> float:
+    """Waits that began before the fault's end and went on after its beginning, counted from its beginning."""
+    times = [stream.started_at, *stream.arrivals]
+    waits = ((max(before, injection.at), after) for before, after in pairwise(times) if before <= injection.until)
+    return max((after - before for before, after in waits), default=0.0)
 
 
 def _blamed(faults: list[Injection], stream: Stream) -> str:
@@ -69,7 +75,7 @@ def print_report(console: Console, result: Result) -> None:
     for name in ("done", "lost", "wrong", "near-ties", "stall s", "whole s"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in rows(result).items():
-        whole = "never" if row.never_complete else f"{row.complete_s:.1f}"
+        whole = "never" if row.never_whole else f"{row.whole_s:.1f}"
         counts = (row.injected, row.lost, row.wrong, row.near_ties)
         table.add_row(name, *map(str, counts), *((f"{row.stall_s:.2f}", whole) if row.injected else "--"))
     console.print(table)
@@ -80,6 +86,8 @@ def print_report(console: Console, result: Result) -> None:
         f"{result.processes_left} processes left",
         highlight=False,
     )
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(result.attempts.items()))
+    console.print(f"attempts: {outcomes}; {result.fenced_frames} frames of ended attempts were fenced", highlight=False)
     for kind, lines in (("lost", result.lost.values()), ("wrong", result.wrong.values()), ("", result.problems)):
         for line in list(lines)[:MAX_LINES]:
             console.print(f"{kind}: {line}" if kind else line, markup=False, highlight=False)
@@ -98,6 +106,8 @@ def as_dict(result: Result) -> dict[str, object]:
         "at_rest_s": round(result.at_rest_s, 3),
         "blocks_leaked": result.blocks_leaked,
         "processes_left": result.processes_left,
+        "attempts": result.attempts,
+        "fenced_frames": result.fenced_frames,
         "faults": table,
         "lost": list(result.lost.values()),
         "wrong": list(result.wrong.values()),

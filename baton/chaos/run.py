@@ -25,7 +25,10 @@ _LOOK_S, _MAX_LOOKS = 0.2, 75  # for the end of the last processes
 
 @dataclass(slots=True)
 class Result:
-    """What happened. `problems` are violations other than lost requests and wrong tokens, each in one line."""
+    """What happened. `problems` are violations other than lost requests and wrong tokens, each in one line.
+
+    `attempts` counts the router's attempts, also those of clients that disconnected, by outcome.
+    """
 
     streams: list[Stream] = field(default_factory=list)
     faults: list[Injection] = field(default_factory=list)
@@ -33,6 +36,8 @@ class Result:
     wrong: dict[int, str] = field(default_factory=dict)
     near_ties: dict[int, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    attempts: dict[str, int] = field(default_factory=dict)
+    fenced_frames: int = 0
     load_s: float = 0.0
     at_rest_s: float = 0.0
     blocks_leaked: int = 0
@@ -85,7 +90,9 @@ async def disturb(plan: ChaosPlan, cluster: TargetCluster, vocab_size: int, resu
     try:
         await _load_with_faults(plan, client, series, Jobs(plan.load, plan.seed, vocab_size), result)
         result.load_s = time.monotonic() - start
+        await series.recovered()
         await _recover(plan, cluster, size, watch, result)
+        result.attempts, result.fenced_frames = await cluster.attempts()
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)

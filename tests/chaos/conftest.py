@@ -26,13 +26,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("chaos") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def oracle(model: Path) -> GreedyOracle:
+    """Made before any cluster: loading it holds the process for seconds, in which routers would lose their workers."""
+    return GreedyOracle.load(model)
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def running_cluster(model: Path) -> AsyncIterator[Harness]:
+async def running_cluster(model: Path, oracle: GreedyOracle) -> AsyncIterator[Harness]:
     config: dict[str, object] = {"transfer.lease_s": LEASE_S, "engine.max_num_batched_tokens": 128}
     async with target_cluster(ChaosPlan(config=config), model, print) as cluster:
         client = Client(cluster.url, await cluster.model_name(), 60.0)
         size = await cluster.size()
-        yield Harness(cluster, client, size, GreedyOracle.load(model), Reference(model))
+        yield Harness(cluster, client, size, oracle, Reference(model))
         await client.close()
 
 

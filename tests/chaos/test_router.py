@@ -44,7 +44,7 @@ async def router_process(model: Path, *members: Member) -> AsyncIterator[tuple[a
         await process.wait()
 
 
-async def test_workers_outlive_a_killed_router_and_free_everything(model: Path) -> None:
+async def test_workers_outlive_a_killed_router_and_free_everything(model: Path, oracle: GreedyOracle) -> None:
     async with (
         worker(config(model), "prefill") as prefill,
         worker(config(model), "decode") as decode,
@@ -74,7 +74,7 @@ async def test_workers_outlive_a_killed_router_and_free_everything(model: Path) 
             again = await client.run(streams[0].job)
             await client.close()
             assert not again.error
-            GreedyOracle.load(model).check(list(again.job.prompt), again.token_ids)
+            oracle.check(list(again.job.prompt), again.token_ids)
 
 
 @contextlib.asynccontextmanager
@@ -113,14 +113,13 @@ async def test_a_full_router_refuses_at_once_and_says_when_to_come_again(model: 
         await client.close()
 
 
-async def test_a_full_pool_makes_requests_wait(model: Path) -> None:
+async def test_a_full_pool_makes_requests_wait(model: Path, oracle: GreedyOracle) -> None:
     """64 blocks of 16 tokens, 12 requests of 20 blocks each."""
     async with full_router(model) as url:
         client = Client(url, model.name, 60.0)
         streams = await asyncio.gather(*(client.run(job(240, 70, seed=n)) for n in range(12)))
         await client.close()
         assert not any(stream.error for stream in streams)
-        oracle = GreedyOracle.load(model)
         for stream in streams:
             oracle.check(list(stream.job.prompt), stream.token_ids)
         await wait_at_rest(url, num_workers=1, timeout_s=5.0)
