@@ -51,7 +51,7 @@ def test_byte_tokens_give_the_text_back_in_whole_characters(text: str) -> None:
 @given(st.binary(max_size=40))
 def test_any_bytes_are_decoded_like_the_whole(data: bytes) -> None:
     pieces = detokenized(TOKENIZER, [BYTE_IDS[byte] for byte in data])
-    assert "".join(pieces).replace(BROKEN, "") == data.decode("utf-8", "replace").replace(BROKEN, "")
+    assert "".join(pieces) == TOKENIZER.decode([BYTE_IDS[byte] for byte in data])
 
 
 def byte_ids() -> list[int]:
@@ -80,6 +80,26 @@ def test_byte_fallback_tokens_become_whole_characters() -> None:
 
 def test_the_space_before_the_first_word_survives_with_the_prompt_as_context() -> None:
     assert "".join(detokenized(sentencepiece_tokenizer(), [257, 258], prompt=[256])) == " cats"
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(min_size=1, max_size=5), max_size=12))
+def test_tokens_of_several_bytes_are_decoded_like_the_whole(tokens: list[bytes]) -> None:
+    class Bytes:
+        def decode(self, ids: Sequence[int]) -> str:
+            return b"".join(tokens[index] for index in ids).decode("utf-8", "replace")
+
+    detokenizer = Detokenizer(Bytes(), [])
+    pieces = [detokenizer.push(index) for index in range(len(tokens))] + [detokenizer.flush()]
+    assert "".join(pieces) == b"".join(tokens).decode("utf-8", "replace")
+
+
+def test_a_prompt_that_ends_amid_a_character() -> None:
+    """Its own broken byte is not the output's, but a character that the output completes is."""
+    half, rest = TOKENIZER.encode("\u4f60")[:1], TOKENIZER.encode("\u4f60")[1:]
+    assert "".join(detokenized(TOKENIZER, TOKENIZER.encode("ab"), prompt=[BYTE_IDS[0xFF]])) == "ab"
+    assert "".join(detokenized(TOKENIZER, [*rest, *TOKENIZER.encode("b")], prompt=half)) == "\u4f60b"
+    assert "".join(detokenized(TOKENIZER, TOKENIZER.encode("b"), prompt=half)) == "b"
 
 
 def test_bytes_that_can_never_become_a_character_do_not_hold_the_text_back_for_ever() -> None:
