@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 
 # The object store carries nothing of ours: tokens travel over gRPC, KV over torch.distributed.
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
+# Ray runs its workers at niceness 15: beside any other work a whole server would starve, heartbeats included.
+_SYSTEM_CONFIG = {"worker_niceness": 0}
 
 
 @contextlib.contextmanager
@@ -33,6 +35,7 @@ def ray_session(config: BatonConfig, show_worker_logs: bool) -> Iterator[None]:
             object_store_memory=_OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
             log_to_driver=show_worker_logs,
+            _system_config=_SYSTEM_CONFIG,
         )
     else:
         try:
