@@ -55,13 +55,13 @@ class FaultSeries:
     _watches: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def run(self, fault: Fault, start: float) -> None:
-        """All times of one fault; ends after the last one, or never."""
-        number = 0
+        """All times of one fault; ends after the last one, or never. One that was late does not hurry the next."""
+        number, due = 0, start + fault.at_s
         while fault.count is None or number < fault.count:
-            due = start + fault.at_s + number * fault.every_s
             await asyncio.sleep(max(due - time.monotonic(), 0.0))
             await self._do(fault)
-            number += 1
+            last_at = max(injection.at for injection in self.done if injection.label == label(fault))
+            number, due = number + 1, max(due, last_at) + fault.every_s
 
     async def _do(self, fault: Fault) -> None:
         match fault:
