@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import httpx
 
 from baton.chaos.cluster import BUSY, STATES, Blocks, Size, TargetCluster
 
-_PERIOD_S = 0.2
+_PERIOD_S, _REST_PERIOD_S = 0.2, 0.1
+HOLD_S = 0.6
 
 
 class BlockWatch:
@@ -21,16 +23,15 @@ class BlockWatch:
         self._cluster = cluster
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Look until cancelled. A look that does not come off is left to the clients to notice."""
         while True:
-            await self.look()
+            with contextlib.suppress(httpx.TransportError):
+                await self.look()
             await asyncio.sleep(_PERIOD_S)
 
     async def look(self) -> Blocks:
-        try:
-            blocks = await self._cluster.blocks()
-        except httpx.TransportError:
-            return {}  # a look that did not come off; what is wrong with the server, its clients notice
+        """Raises httpx.TransportError."""
+        blocks = await self._cluster.blocks()
         self.num_looks += 1
         for worker, states in blocks.items():
             if sum(states[state] for state in STATES) != states["total"]:
@@ -53,11 +54,17 @@ async def until_complete(cluster: TargetCluster, size: Size, timeout_s: float, g
 
 
 async def until_at_rest(watch: BlockWatch, timeout_s: float) -> tuple[float, int]:
-    """Seconds until no block and no slot is in use, and how many still are where that takes longer than allowed."""
-    start, left = time.monotonic(), -1
-    while time.monotonic() < start + timeout_s:
-        left = in_use(await watch.look())
-        if left == 0:
-            break
-        await asyncio.sleep(0.1)
-    return time.monotonic() - start, left
+    """Seconds until no block and no slot is in use, and how many still are where that takes longer than allowed.
+
+    What a look shows is as old as the workers' last heartbeats, so it must stay so for HOLD_S.
+    """
+    start = free_since = time.monotonic()
+    while True:
+        left, now = in_use(await watch.look()), time.monotonic()
+        if left and now > start + timeout_s:
+            return now - start, left
+        if left:
+            free_since = now
+        elif now >= free_since + HOLD_S:
+            return free_since - start, 0
+        await asyncio.sleep(_REST_PERIOD_S)

@@ -31,7 +31,7 @@ async def test_a_few_flipped_bits_under_load(harness: Harness) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"frame_delay_s": 0.02, "frame_jitter_s": 0.2}, {"frame_duplication": 0.5}, {"frame_loss": 0.03}],
+    [{"frame_delay_s": 0.02, "frame_jitter_s": 0.2}, {"frame_duplication": 0.5}, {"frame_loss": 0.05}],
     ids=["late", "doubled", "lost"],
 )
 async def test_messages(harness: Harness, settings: dict[str, float]) -> None:
