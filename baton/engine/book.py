@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass
 
 from baton.common import events
+from baton.common.sampling import TokenLogprobs
 from baton.engine.block_pool import BlockPool, Use
 from baton.engine.ports import (
     Abort,
@@ -154,9 +155,15 @@ class RequestBook:
 
     # ---- out
 
-    def finish(self, request: Request, token_ids: tuple[int, ...], reason: str) -> None:
+    def finish(
+        self,
+        request: Request,
+        token_ids: tuple[int, ...],
+        reason: str,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
         """The request has its last tokens, which are `token_ids`."""
-        self._log.output(request, token_ids, reason)
+        self._log.output(request, token_ids, reason, logprobs)
         self._log.event(request.request_id, events.FINISHED)
         self._end(request)
 

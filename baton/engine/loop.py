@@ -22,10 +22,12 @@ import torch
 
 from baton.common import events
 from baton.common.clock import Clock
+from baton.common.sampling import TokenLogprobs
 from baton.engine.batch import PrefillSegment, ScheduledStep
 from baton.engine.block_pool import BlockPool
 from baton.engine.book import RequestBook
 from baton.engine.inbox import Inbox
+from baton.engine.logprobs import StepLogprobs
 from baton.engine.ports import Command, EngineStats, Ports, PrefillDone, SegmentWritten
 from baton.engine.request import Phase, Request
 from baton.engine.runner import OnLayerGroup, Runner
@@ -47,6 +49,7 @@ class _Flight:
     step: ScheduledStep
     ends: tuple[int, ...]
     tokens: PendingTokens
+    logprobs: StepLogprobs
     started: float
 
 
@@ -124,7 +127,7 @@ class Engine:
         started = self._clock.now()
         for command in (*self._inbox.drain(), *self._ports.ready_to_admit()):
             self._handle(command)
-        has_launched = self._launch_next(started)
+        has_launched = not self._must_land_first() and self._launch_next(started)
         landed = self._land_next() if len(self._flights) > (self._max_flights if has_launched else 0) else None
         self._progress_at = self._clock.now()
         self._stats = self._snapshot()
@@ -156,6 +159,11 @@ class Engine:
         except Exception as error:
             logger.exception("a command went wrong: %s", type(command).__name__)
             self._book.reject(command, repr(error))
+
+    def _must_land_first(self) -> bool:
+        """Penalties depend on every token before, so such a request's last one has to be known."""
+        running = self._scheduler.running
+        return bool(self._flights) and any(r.sampling.has_penalties and r.has_unknown_token for r in running)
 
     def _launch_next(self, started: float) -> bool:
         """Whether a step was planned. Where it goes wrong its requests fail."""
@@ -196,19 +204,20 @@ class Engine:
                 self._log.event(segment.request.request_id, events.PREFILL_START)
         hand_overs = [segment for segment in step.prefills if segment.request.hand_over]
         groups = self._groups if hand_overs else ()
-        tokens = self._runner.launch(step, groups, self._announcer(hand_overs))
+        launched = self._runner.launch(step, groups, self._announcer(hand_overs))
         ends = tuple(r.num_computed_tokens + 1 for r in step.decodes) + tuple(s.end for s in step.prefills)
         for request, end in zip(step.requests(), ends, strict=True):
             request.num_computed_tokens = end
             request.steps_in_flight += 1
         for row, request in enumerate(step.sampled()):
             request.draw_row = row
-        return _Flight(step, ends, tokens, started)
+        return _Flight(step, ends, launched.tokens, launched.logprobs, started)
 
     def _land(self, flight: _Flight) -> None:
         step = flight.step
         try:
             tokens = flight.tokens.wait()
+            logprobs = flight.logprobs.land()
         finally:
             for request in step.requests():
                 self._book.landed(request)
@@ -218,7 +227,8 @@ class Engine:
             if token == NOT_FINITE:
                 self._book.fail(request, "internal", "the model's logits are not finite")
             else:
-                self._accept(request, token)
+                known = logprobs.get(request.request_id)
+                self._accept(request, token, () if known is None else (known,))
 
     def _announcer(self, hand_overs: Sequence[PrefillSegment]) -> OnLayerGroup:
         """Tells the ports, layer group by layer group, which blocks of the hand-overs a step completes."""
@@ -243,7 +253,7 @@ class Engine:
             if segment.is_last and segment.request.phase is Phase.RUNNING:
                 self._log.event(segment.request.request_id, events.PREFILL_END)
 
-    def _accept(self, request: Request, token: int) -> None:
+    def _accept(self, request: Request, token: int, logprobs: tuple[TokenLogprobs, ...]) -> None:
         """A request's next token is drawn: it goes out, and may be the last."""
         request.token_ids.append(token)
         if request.num_output_tokens <= len(_TOKEN_EVENTS):
@@ -251,11 +261,14 @@ class Engine:
         reason = request.finish_reason()
         if request.hand_over:
             self._book.hand_over(request)
-            self._ports.on_prefill_done(PrefillDone(request.request_id, request.num_prompt_tokens, token, reason))
+            name, of_prompt = request.request_id, tuple(request.prompt_logprobs)
+            self._ports.on_prefill_done(
+                PrefillDone(name, request.num_prompt_tokens, token, reason, logprobs, of_prompt)
+            )
         elif reason is not None:
-            self._book.finish(request, (token,), reason)
+            self._book.finish(request, (token,), reason, logprobs)
         else:
-            self._log.output(request, (token,), None)
+            self._log.output(request, (token,), None, logprobs)
 
     def _report(self, landed: _Flight | None, seconds: float) -> None:
         step = ScheduledStep() if landed is None else landed.step

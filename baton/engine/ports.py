@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from baton.common.sampling import TokenLogprobs
 from baton.engine.request import Request
 
 # ---- commands: posted from any thread, drained by the engine thread once per step
@@ -86,12 +87,18 @@ Command = AddRequest | Reserve | Admission | Release | Abort
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """New tokens of one request. `position` is the output position of the first of them over all attempts."""
+    """New tokens of one request. `position` is the output position of the first of them over all attempts.
+
+    `logprobs`: one per token, empty unless asked for. `prompt_logprobs`: with position 0 only, one for every token of
+    the prompt but the first.
+    """
 
     request_id: str
     position: int
     token_ids: tuple[int, ...]
     finish_reason: str | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +150,17 @@ class SegmentWritten:
 
 @dataclass(frozen=True, slots=True)
 class PrefillDone:
-    """A hand-over has its first token. `finish_reason` is set when the request ends right there."""
+    """A hand-over has its first token. `finish_reason` is set when the request ends right there.
+
+    The log-probabilities are those of `TokenOutput`.
+    """
 
     request_id: str
     num_tokens: int
     first_token: int
     finish_reason: str | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Ports(Protocol):

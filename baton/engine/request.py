@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from baton.common.sampling import SamplingParams
+from baton.common.sampling import SamplingParams, TokenLogprobs
 
 
 class Phase(Enum):
@@ -17,7 +17,7 @@ class Phase(Enum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """Owned by the engine thread. `token_ids` is prompt and output; KV exists for `num_computed_tokens` of them.
 
@@ -26,7 +26,7 @@ class Request:
 
     `num_computed_tokens` runs ahead of the tokens: it counts a step from its launch on, so the last token may be drawn
     and not be known yet. `draw_row` is its row among the draws of the step launched last; `steps_in_flight` counts the
-    launched steps that use the request's blocks and have not ended.
+    launched steps that use the request's blocks and have not ended. `prompt_logprobs` grows with the prompt's chunks.
     """
 
     request_id: str
@@ -43,6 +43,7 @@ class Request:
     phase: Phase = Phase.WAITING
     draw_row: int = -1
     steps_in_flight: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -52,6 +53,21 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def first_output_position(self) -> int:
+        """Where the output begins in `token_ids`, that of earlier attempts included."""
+        return self.num_prompt_tokens - self.num_emitted
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Only the attempt that emits the first token reports on the prompt."""
+        return self.sampling.prompt_logprobs is not None and self.num_emitted == 0
+
+    @property
+    def has_unknown_token(self) -> bool:
+        """Whether a launched step draws a token that has not been read back yet."""
+        return self.num_computed_tokens >= len(self.token_ids)
 
     @property
     def num_uncomputed_tokens(self) -> int:

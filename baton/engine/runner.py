@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from baton.common.sampling import SamplingParams
@@ -12,13 +15,23 @@ from baton.engine.attention.base import AttentionBackend, AttentionMetadata
 from baton.engine.batch import Batch, ScheduledStep, build_batch
 from baton.engine.decode_path import DecodePath
 from baton.engine.kv_layout import KVLayout
+from baton.engine.logit_edits import LogitEditor
+from baton.engine.logprobs import StepLogprobs
 from baton.engine.models.decoder import Decoder
 from baton.engine.request import Request
-from baton.engine.sampler import TokenSampler
+from baton.engine.sampler import TokenSampler, TorchSampler
 from baton.engine.staging import KnownTokens, PendingTokens, make_staging
 
 LayerGroups = Sequence[tuple[int, int]]
 OnLayerGroup = Callable[[int, int, "torch.cuda.Event | None"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """`tokens`: one per request of `step.sampled()`, negative where the logits were not finite."""
+
+    tokens: PendingTokens
+    logprobs: StepLogprobs
 
 
 class Runner:
@@ -48,6 +61,8 @@ class Runner:
         self.sampler = sampler
         self._device = model.device
         self._staging = make_staging(model.device, max_draws)
+        self._editor = LogitEditor()
+        self._min_p_sampler = TorchSampler()  # the kernels know no min-p; both draw the same
 
     @property
     def num_blocks(self) -> int:
@@ -58,18 +73,19 @@ class Runner:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     @torch.inference_mode()
-    def launch(self, step: ScheduledStep, groups: LayerGroups, on_layer_group: OnLayerGroup) -> PendingTokens:
-        """Start a step. The result waits for one token per request of `step.sampled()`.
-
-        A token is negative where the logits were not finite. After the last layer of each of `groups` has been
-        launched, `on_layer_group(layer_start, layer_end, event)` is called; the event fires when it is computed.
+    def launch(self, step: ScheduledStep, groups: LayerGroups, on_layer_group: OnLayerGroup) -> LaunchedStep:
+        """Start a step. After the last layer of each of `groups` has been launched,
+        `on_layer_group(layer_start, layer_end, event)` is called; the event fires when it is computed.
         """
-        if self.decode_path is not None and self.decode_path.takes(step):
+        logprobs = StepLogprobs()
+        is_plain = all(request.sampling.is_plain for request in step.decodes)
+        if self.decode_path is not None and is_plain and self.decode_path.takes(step):
             num_drawn = len(step.decodes)
             self.decode_path.launch(step.decodes)
         else:
-            num_drawn = self._launch_eagerly(step, groups, on_layer_group)
-        return self._staging.read_back(self.draws[:num_drawn]) if num_drawn else KnownTokens([])
+            num_drawn = self._launch_eagerly(step, groups, on_layer_group, logprobs)
+        tokens = self._staging.read_back(self.draws[:num_drawn]) if num_drawn else KnownTokens([])
+        return LaunchedStep(tokens, logprobs)
 
     def settle(self) -> None:
         """Wait until nothing that was launched still runs. Raises what the device reports."""
@@ -86,19 +102,26 @@ class Runner:
         """Poison blocks, so that a read of what nobody has written shows. For tests: the pool's `on_allocate`."""
         self.kv_cache[:, :, list(blocks)] = torch.nan
 
-    def _launch_eagerly(self, step: ScheduledStep, groups: LayerGroups, on_layer_group: OnLayerGroup) -> int:
+    def _launch_eagerly(
+        self, step: ScheduledStep, groups: LayerGroups, on_layer_group: OnLayerGroup, logprobs: StepLogprobs
+    ) -> int:
         if self.decode_path is not None:
             self.decode_path.forget_last()
         sampled = step.sampled()
         after_layer = self._after_layer(groups, on_layer_group) if groups else None
-        tokens = self._compute(build_batch(step, self.layout.block_size), sampled, after_layer)
-        if tokens is not None:
+        batch = build_batch(step, self.layout.block_size)
+        hidden, logits, tokens = self._compute(batch, sampled, after_layer)
+        first_rows = batch.cu_seqlens_q[batch.num_decodes :].tolist()
+        logprobs.add_prompts(hidden, list(zip(step.prefills, first_rows, strict=False)), self.model.logits)
+        if sampled:
             self.draws[: len(sampled)].copy_(tokens)
+            logprobs.add_drawn(logits, tokens, sampled)
         return len(sampled)
 
     def _compute(
         self, batch: Batch, sampled: Sequence[Request], after_layer: Callable[[int], None] | None
-    ) -> torch.Tensor | None:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Last hidden states of all tokens; the model's logits and the draws of the sampled ones."""
         arrays = (
             batch.input_ids,
             batch.positions,
@@ -125,8 +148,15 @@ class Runner:
             input_ids[: batch.num_decodes] = self._known(input_ids[: batch.num_decodes], draw_rows)
         hidden = self.model.forward(input_ids, positions, self.kv_cache, meta, self.backend, after_layer)
         if not sampled:
-            return None
-        return self.sampler.sample(self.model.logits(hidden[sample_rows]), sampled, batch.draw_positions)
+            return hidden, hidden[:0], self.draws[:0]
+        logits = self.model.logits(hidden[sample_rows])
+        return hidden, logits, self._draw(logits, sampled, batch.draw_positions)
+
+    def _draw(self, logits: torch.Tensor, sampled: Sequence[Request], positions: npt.NDArray[np.int64]) -> torch.Tensor:
+        edited = self._editor.edit(logits, sampled, positions.tolist())
+        has_min_p = any(request.sampling.min_p > 0 for request in sampled)
+        sampler = self._min_p_sampler if has_min_p else self.sampler
+        return sampler.sample(edited, sampled, positions)
 
     def _known(self, input_ids: torch.Tensor, draw_rows: torch.Tensor) -> torch.Tensor:
         # A draw from logits that were not finite is negative; its sequence ends, but this step must not read outside.

@@ -3,7 +3,8 @@
 A row is drawn by a Gumbel race: every token gets logit / temperature - log(-log(u)), the largest wins. u comes from
 Philox with key (seed, low word first) and counter (token id, absolute position of the drawn token, choice, 0), so that
 a row's draw depends on nothing but the row: neither on the batch nor on the worker. Order of the settings: temperature,
-then top-k (ties at the edge: lower ids first), then top-p (the fewest tokens whose probability reaches it).
+then top-k (ties at the edge: lower ids first), then top-p (the fewest tokens whose probability reaches it), then min-p.
+What comes before them is in `baton.engine.logit_edits`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class SamplingRows:
     choice: torch.Tensor
     any_drawn: bool
     any_restricted: bool
+    min_p: torch.Tensor | None = None
 
 
 def sampling_rows(
@@ -92,6 +94,7 @@ def sampling_rows(
         choice=words([s.choice for _, _, s in drawn]),
         any_drawn=bool(drawn),
         any_restricted=any(k < vocab_size or s.top_p < 1 for k, (_, _, s) in zip(top_k, drawn, strict=True)),
+        min_p=reals([s.min_p for _, _, s in drawn]) if any(s.min_p > 0 for _, _, s in drawn) else None,
     )
 
 
@@ -111,6 +114,9 @@ def _draw(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / rows.temperature.unsqueeze(-1)
     if rows.any_restricted:
         scaled = _restrict(scaled, rows.top_k.unsqueeze(-1), rows.top_p.unsqueeze(-1))
+    if rows.min_p is not None:
+        # The largest is 0 here, so a token's probability relative to the likeliest is the exponential of its own.
+        scaled = scaled.masked_fill(scaled < rows.min_p.log().unsqueeze(-1), -torch.inf)
     return (scaled.double() + gumbel(rows, logits.shape[-1])).argmax(dim=-1)
 
 

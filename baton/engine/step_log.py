@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from baton.common.clock import Clock
+from baton.common.sampling import TokenLogprobs
 from baton.engine.ports import LifecycleEvent, RequestFailed, StepReport, TokenOutput
 from baton.engine.request import Request
 
@@ -17,10 +18,17 @@ class StepLog:
     def __bool__(self) -> bool:
         return bool(self._outputs or self._events or self._failures)
 
-    def output(self, request: Request, token_ids: tuple[int, ...], finish_reason: str | None) -> None:
+    def output(
+        self,
+        request: Request,
+        token_ids: tuple[int, ...],
+        finish_reason: str | None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
         """The last of the request's tokens, which are `token_ids`, leave the engine."""
         position = request.num_emitted + request.num_output_tokens - len(token_ids)
-        self._outputs.append(TokenOutput(request.request_id, position, token_ids, finish_reason))
+        of_prompt = tuple(request.prompt_logprobs) if position == 0 else ()
+        self._outputs.append(TokenOutput(request.request_id, position, token_ids, finish_reason, logprobs, of_prompt))
 
     def event(self, request_id: str, name: str) -> None:
         self._events.append(LifecycleEvent(request_id, name, self._clock.now()))

@@ -97,7 +97,9 @@ class ChunkedScheduler:
             return False
         max_blocks = self._pool.blocks_for(request.max_total_tokens)
         # The last token is always computed, because its logits are needed.
-        hit = self._pool.match_prefix(request.token_ids, request.num_prompt_tokens - 1)
+        # All are, when what the model makes of the prompt is wanted.
+        reusable = 0 if request.wants_prompt_logprobs else request.num_prompt_tokens - 1
+        hit = self._pool.match_prefix(request.token_ids, reusable)
         if not self._pool.can_admit(max_blocks, hit):
             self._blocked_at = attempt
             return False

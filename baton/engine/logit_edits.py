@@ -1,0 +1,111 @@
+"""What changes logits before a token is drawn: penalties, then logit bias, then the mask of early stop tokens.
+
+Owned by the runner, engine thread, on the device of the logits. Everything follows from the request's token ids, so a
+worker that takes a request over goes on as the one before would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+
+from baton.engine.request import Request
+
+
+@dataclass(slots=True)
+class _History:
+    """What was seen of one request's tokens so far. bool and int32 [vocab_size]."""
+
+    in_prompt: torch.Tensor
+    output_counts: torch.Tensor
+    num_known: int
+
+
+class LogitEditor:
+    """Keeps, for every living request with penalties, how often each token occurred."""
+
+    def __init__(self) -> None:
+        self._histories: WeakKeyDictionary[Request, _History] = WeakKeyDictionary()
+
+    def edit(self, logits: torch.Tensor, requests: Sequence[Request], positions: Sequence[int]) -> torch.Tensor:
+        """logits: [num_rows, vocab_size], one row per request; returns them, or float32 copies where any row changes.
+
+        `positions`: where in its sequence each request's token will stand. Requests with penalties must know every
+        token before that.
+        """
+        if all(request.sampling.is_plain for request in requests):
+            return logits
+        edited = logits.to(torch.float32, copy=True)
+        self._penalise(edited, requests, positions)
+        _add(edited, [(row, t, bias) for row, r in enumerate(requests) for t, bias in r.sampling.logit_bias])
+        _add(edited, _early_stops(requests, positions, edited.shape[1]))
+        return edited
+
+    def _penalise(self, logits: torch.Tensor, requests: Sequence[Request], positions: Sequence[int]) -> None:
+        rows = [row for row, request in enumerate(requests) if request.sampling.has_penalties]
+        if not rows:
+            return
+        histories = [self._history(requests[row], positions[row], logits) for row in rows]
+        counts = torch.stack([history.output_counts for history in histories])  # [len(rows), vocab_size]
+        in_prompt = torch.stack([history.in_prompt for history in histories])
+        settings = [requests[row].sampling for row in rows]
+
+        def column(values: list[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32).to(logits.device).unsqueeze(1)
+
+        repetition = column([s.repetition_penalty for s in settings])
+        frequency, presence = (
+            column([s.frequency_penalty for s in settings]),
+            column([s.presence_penalty for s in settings]),
+        )
+        selected = logits[rows]
+        repeated = torch.where(selected > 0, selected / repetition, selected * repetition)
+        selected = torch.where(in_prompt | (counts > 0), repeated, selected)
+        logits[rows] = selected - frequency * counts - presence * (counts > 0)
+
+    def _history(self, request: Request, position: int, logits: torch.Tensor) -> _History:
+        """Brought up to date; the next token will stand at `position`."""
+        tokens, first_output = request.token_ids, request.first_output_position
+        if len(tokens) != position:
+            raise RuntimeError(
+                f"request {request.request_id} knows {len(tokens)} of the {position} tokens before a draw"
+            )
+        history = self._histories.get(request)
+        if history is None:
+            vocab_size, device = logits.shape[1], logits.device
+            in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            in_prompt[_ids(tokens[:first_output], device)] = True
+            counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
+            history = self._histories[request] = _History(in_prompt, counts, first_output)
+        fresh = _ids(tokens[history.num_known :], logits.device)
+        history.output_counts.index_add_(0, fresh, torch.ones_like(fresh, dtype=torch.int32))
+        history.num_known = len(tokens)
+        return history
+
+
+def _early_stops(
+    requests: Sequence[Request], positions: Sequence[int], vocab_size: int
+) -> list[tuple[int, int, float]]:
+    return [
+        (row, token, -torch.inf)
+        for row, (request, position) in enumerate(zip(requests, positions, strict=True))
+        if position - request.num_prompt_tokens < request.sampling.min_tokens
+        for token in request.sampling.stop_token_ids
+        if token < vocab_size
+    ]
+
+
+def _add(logits: torch.Tensor, entries: list[tuple[int, int, float]]) -> None:
+    """Add values to (row, token) places, each of which occurs once."""
+    if entries:
+        rows, tokens, values = zip(*entries, strict=True)
+        device = logits.device
+        at = _ids(rows, device), _ids(tokens, device)
+        logits[at] += torch.tensor(values, dtype=torch.float32).to(device)
+
+
+def _ids(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(device)
