@@ -2,7 +2,6 @@
 
     python tools/train_demo_model/prepare_data.py --wordnet /usr/share/wordnet --out .train
 
-With --only-frequent --tokenizer .train/tokenizer.json it writes the data of the finishing stage.
 Writes tokenizer.json, train.bin and val.bin (little-endian uint16 ids) and data.json (what they were made from).
 The same input gives the same bytes. One definition in a hundred is held out: val.bin has only those, train.bin none.
 """
@@ -36,7 +35,7 @@ def main() -> None:
     arguments = _arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
     train, held_out = _split(arguments.wordnet, arguments.seed, arguments.only_frequent)
-    tokenizer = Tokenizer.from_file(str(arguments.tokenizer)) if arguments.tokenizer else train_tokenizer(train)
+    tokenizer = train_tokenizer(train)
     tokenizer.save(str(arguments.out / "tokenizer.json"), pretty=False)
     counts = {
         "train_tokens": _write_ids(arguments.out / "train.bin", train, tokenizer),
@@ -81,8 +80,7 @@ def _split(folder: Path, seed: int, only_frequent: bool) -> tuple[list[str], lis
     if only_frequent:
         keys = [key for key in keys if net[key].frequent]
         held.intersection_update(keys)
-    extra = 0 if only_frequent else 2
-    train = list(documents(net, [key for key in keys if key not in held], rng, entry_passes=1, extra=extra))
+    train = list(documents(net, [key for key in keys if key not in held], rng, entry_passes=1, extra=2))
     held_out = list(documents(net, sorted(held), rng, entry_passes=1, extra=0))
     rng.shuffle(train)
     rng.shuffle(held_out)
@@ -110,7 +108,6 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, required=True, help="folder of data.noun, index.noun and so on")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.json instead of training one")
     parser.add_argument("--only-frequent", action="store_true", help="leave out the rarer meanings (four in five)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

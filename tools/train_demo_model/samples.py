@@ -1,12 +1,17 @@
-"""Writes what the trained model says to a few prompts; `train.py` calls `write_samples` at its end."""
+"""Writes what the trained model says to a few prompts; `train.py` calls `write_samples` at its end.
+
+As a command it does so for a checkpoint on the CPU: python tools/train_demo_model/samples.py baton/demo_model
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
-from checkpoint import EOS_ID
-from model import DemoModel
+from checkpoint import CHAT_START, EOS_ID
+from model import DemoModel, Shape
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 PROMPTS = (
@@ -41,7 +46,9 @@ def write_samples(file: Path, model: DemoModel, tokenizer_file: Path, device: to
 def _continue(
     model: DemoModel, tokenizer: Tokenizer, prompt: str, device: torch.device, draws: torch.Generator | None
 ) -> str:
-    ids: list[int] = tokenizer.encode(prompt).ids
+    chat = prompt.startswith("###")
+    text = CHAT_START + prompt if chat else prompt
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not chat).ids
     start = len(ids)
     while len(ids) - start < MAX_TOKENS and ids[-1] != EOS_ID:
         logits = model(torch.tensor([ids], device=device))[0, -1].float()
@@ -49,5 +56,19 @@ def _continue(
             ids.append(int(logits.argmax()))
         else:
             ids.append(int(torch.multinomial((logits / TEMPERATURE).softmax(0), 1, generator=draws)))
-    text: str = tokenizer.decode(ids[start:], skip_special_tokens=False)
-    return text
+    continuation: str = tokenizer.decode(ids[start:], skip_special_tokens=False)
+    return continuation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    model = DemoModel(Shape())
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    write_samples(folder / "samples.txt", model, folder / "tokenizer.json", torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    main()

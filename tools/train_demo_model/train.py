@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from checkpoint import BOS_ID, write_checkpoint
 from model import DemoModel, Shape
-from safetensors.torch import load_file
 from samples import write_samples
 from torch import Tensor
 
@@ -45,6 +44,7 @@ class Settings:
     peak_lr: float
     weight_decay: float
     seed: int
+    rows_from: str
     compile: bool
     eval_every: int
 
@@ -57,8 +57,7 @@ class Trainer:
         torch.set_float32_matmul_precision("high")
         self._settings, self._device, self._started = settings, device, started
         self._train = _ids(data / "train.bin", shape, device)
-        begins = (self._train == BOS_ID).nonzero().flatten()
-        self._begins = begins[begins < self._train.numel() - settings.tokens_per_row]
+        self._begins = _begins(self._train, settings)
         self._val = _ids(data / "val.bin", shape, device)
         self._draw = torch.Generator().manual_seed(settings.seed)
         self.model = DemoModel(shape).to(device)
@@ -98,7 +97,7 @@ class Trainer:
         return loss.detach()
 
     def _batch(self) -> tuple[Tensor, Tensor]:
-        """Rows of the token stream, each from a random <s> on: a prompt has its <s> at position 0 too."""
+        """Rows of the token stream from random beginnings; the documents of a row follow each other."""
         length = self._settings.tokens_per_row
         chosen = torch.randint(self._begins.numel(), (self._settings.rows, 1), generator=self._draw)
         starts = self._begins[chosen.to(self._device)]
@@ -155,9 +154,6 @@ def main() -> None:
     settings = Settings(**{name: getattr(arguments, name) for name in names})
     shape = Shape()
     trainer = Trainer(settings, shape, arguments.data, device, started)
-    if arguments.init:
-        weights = load_file(arguments.init / "model.safetensors")
-        trainer.model.load_state_dict({name: weight.float() for name, weight in weights.items()})
     curve = trainer.run()
     write_checkpoint(arguments.out, shape, trainer.model.state_dict(), arguments.data / "tokenizer.json")
     trainer.model.load_state_dict({name: weight.half() for name, weight in trainer.model.state_dict().items()})
@@ -185,15 +181,26 @@ def _ids(file: Path, shape: Shape, device: torch.device) -> Tensor:
     return ids
 
 
+def _begins(ids: Tensor, settings: Settings) -> Tensor:
+    """The places of `ids` [n] where a row may begin."""
+    places = torch.arange(ids.numel() - settings.tokens_per_row, device=ids.device)
+    return places[ids[: places.numel()] == BOS_ID] if settings.rows_from == "documents" else places
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what prepare_data.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--init", type=Path, help="a checkpoint to go on from, with a new optimiser and schedule")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, default=3.3, help="end after this time at the latest")
     parser.add_argument("--rows", type=int, default=32, help="rows in a batch")
     parser.add_argument("--tokens-per-row", type=int, default=2048)
+    parser.add_argument(
+        "--rows-from",
+        choices=("documents", "anywhere"),
+        default="documents",
+        help="where rows begin: at the <s> of a document, as prompts do, or anywhere",
+    )
     parser.add_argument("--peak-lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
