@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import platform
 import statistics
 import subprocess
@@ -11,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 
 _MIN_CALLS = 16
 
@@ -81,7 +81,7 @@ def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": triton.__version__,
+        "triton": importlib.metadata.version("triton"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit or _git_commit(),
     }

@@ -30,10 +30,11 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 4096, 32, 8, 128, 14336, 128256
 SCALE = HEAD_DIM**-0.5
 DTYPE = torch.bfloat16
 KV_BYTES_PER_TOKEN = 2 * KV_HEADS * HEAD_DIM * DTYPE.itemsize
+_MIN_SECONDS = 0.15
 COLD_BYTES = 2**28  # several times the L2 cache
 
 PREFILLS = [(512, 0), (2048, 0), (8192, 0), (16384, 0), (2048, 6144), (512, 7680)]
-DECODES = [(1, 2048), (1, 8192), (8, 2048), (32, 2048), (64, 2048), (128, 2048), (128, 4096), (256, 2048)]
+DECODES = [(1, 2048), (1, 8192), (8, 2048), (64, 2048), (128, 2048), (128, 4096), (256, 2048)]
 TOKENS = [1, 64, 256, 8192]
 
 
@@ -60,12 +61,12 @@ class Bench:
         self._backend = TritonBackend(device)
 
     def rows(self) -> Iterator[Row]:
-        for block_size in (16, 64):
-            for new, prefix in PREFILLS:
-                yield self._prefill(new, prefix, block_size)
-        for block_size in (16, 64):
-            for batch, context in DECODES:
-                yield self._decode(batch, context, block_size)
+        for new, prefix in PREFILLS:
+            yield self._prefill(new, prefix, 16)
+        yield self._prefill(8192, 0, 64)
+        for batch, context in DECODES:
+            yield self._decode(batch, context, 16)
+        yield self._decode(128, 4096, 64)
         for tokens in TOKENS:
             yield from self._per_token(tokens)
         yield from self._packing(2048, 8)
@@ -153,7 +154,7 @@ class Bench:
         flops: int = 0,
         sdpa: dict[str, float | None] | None = None,
     ) -> Row:
-        seconds = seconds_per_call(calls)
+        seconds = seconds_per_call(calls, _MIN_SECONDS)
         # Attention over a cache only reads; the others read and write.
         ceiling = self._ceilings[
             "matmul_tflop_s" if flops else "read_gb_s" if kernel in ("decode_attention", "sampling") else "copy_gb_s"
@@ -189,7 +190,7 @@ class Bench:
         for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
             calls = [partial(_sdpa_call, q, k, v, is_causal, backend) for k, v in pairs]
             try:
-                found[name] = seconds_per_call(calls) * 1e6
+                found[name] = seconds_per_call(calls, _MIN_SECONDS) * 1e6
             except RuntimeError as error:
                 print(f"SDPA {name} refuses batch {batch}, {new} over {context}: {str(error).splitlines()[0]}")
                 found[name] = None
@@ -213,12 +214,9 @@ def print_table(rows: list[Row], ceilings: dict[str, float]) -> None:
     Console(width=140).print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
-    parser.add_argument("--commit", help="commit to record where git is not at hand")
-    arguments = parser.parse_args()
-    device = require_gpu("benchmarks.kernels")
+def measure_kernels(out: Path, commit: str | None) -> None:
+    """Measure all, print a table, write JSON. Ends the program where there is no GPU."""
+    device = require_gpu("baton bench kernels")
     ceilings = measure_ceilings(device)
     rows: list[Row] = []
     for row in Bench(device, ceilings).rows():
@@ -226,9 +224,17 @@ def main() -> None:
         print(f"{row.kernel} {row.shape}: {row.microseconds:.1f} µs, {row.share:.1%}", flush=True)
         torch.cuda.empty_cache()
     print_table(rows, ceilings)
-    result = {**environment(device, arguments.commit), "ceilings": ceilings, "rows": [asdict(row) for row in rows]}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {**environment(device, commit), "ceilings": ceilings, "rows": [asdict(row) for row in rows]}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
+    parser.add_argument("--commit", help="commit to record where git is not at hand")
+    arguments = parser.parse_args()
+    measure_kernels(arguments.out, arguments.commit)
 
 
 if __name__ == "__main__":

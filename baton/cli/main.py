@@ -8,6 +8,7 @@ import typer
 
 from baton.cli import chaos, demo, model, serve
 from baton.common.errors import BatonError, ConfigError
+from benchmarks.engine.command import bench_engine, bench_kernels
 from benchmarks.serve.command import bench_serve
 
 app = typer.Typer(
@@ -21,8 +22,10 @@ app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("chaos")(chaos.chaos)
 app.add_typer(model.app, name="model")
-bench = typer.Typer(help="Measure servers.", no_args_is_help=True)
+bench = typer.Typer(help="Measure servers, the engine and its kernels.", no_args_is_help=True)
 bench.command("serve")(bench_serve)
+bench.command("engine")(bench_engine)
+bench.command("kernels")(bench_kernels)
 app.add_typer(bench, name="bench")
 
 

@@ -20,7 +20,7 @@ from baton.engine.pool_size import checked_num_blocks, cpu_num_blocks, measured_
 from baton.engine.ports import Ports
 from baton.engine.runner import Runner
 from baton.engine.schedulers.chunked import ChunkedScheduler
-from baton.engine.warm_up import warm_up
+from baton.engine.warm_up import plan_lengths, warm_up
 
 
 def build_engine(
@@ -125,5 +125,5 @@ def _runner(model: Decoder, layout: KVLayout, config: EngineConfig, max_model_le
         raise ConfigError("engine.num_blocks", message) from None
     runner = make_runner(kv_cache)
     if device.type == "cuda":
-        warm_up(runner, config.max_num_seqs)
+        warm_up(runner, config.max_num_seqs, plan_lengths(config.max_num_batched_tokens, max_model_len))
     return runner

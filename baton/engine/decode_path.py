@@ -31,3 +31,7 @@ class DecodePath(Protocol):
     def forget_last(self) -> None:
         """A step is launched in another way: the draws are no longer those of the last `launch`."""
         ...
+
+    def replay_last(self) -> None:
+        """Compute the last launch once more, for measurements. Only right after a launch."""
+        ...

@@ -26,6 +26,7 @@ from baton.common.sampling import TokenLogprobs
 from baton.engine.batch import PrefillSegment, ScheduledStep
 from baton.engine.block_pool import BlockPool
 from baton.engine.book import RequestBook
+from baton.engine.decode_path import DecodePath
 from baton.engine.inbox import Inbox
 from baton.engine.logprobs import StepLogprobs
 from baton.engine.ports import Command, EngineStats, Ports, PrefillDone, SegmentWritten
@@ -112,6 +113,11 @@ class Engine:
     def stats(self) -> EngineStats:
         age = 0.0 if self._idle else self._clock.now() - self._progress_at
         return replace(self._stats, progress_age=age)
+
+    @property
+    def decode_path(self) -> DecodePath | None:
+        """For measurements."""
+        return self._runner.decode_path
 
     def poison_fresh_blocks(self) -> None:
         """Fill every block with NaN when it is allocated, so that reading what nobody wrote shows. Before `start`."""

@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from baton.engine.kernels.decode_attention import decode_attention_kernel, merge_splits_kernel
+from baton.engine.kernels.decode_inputs import decode_inputs_kernel
+from baton.engine.kernels.greedy import greedy_parts_kernel, greedy_winner_kernel
 from baton.engine.kernels.kv_pack import finish_fingerprints_kernel, move_blocks_kernel
 from baton.engine.kernels.prefill_attention import prefill_attention_kernel
 from baton.engine.kernels.rms_norm import rms_norm_kernel
@@ -25,12 +27,15 @@ from baton.engine.kernels.rope_store import rope_store_kernel
 from baton.engine.kernels.sampling import race_kernel, row_max_kernel, winner_kernel
 from baton.engine.kernels.sampling_limits import limits_kernel
 from baton.engine.kernels.silu_mul import silu_mul_kernel
+from baton.engine.kernels.thin_linear import thin_linear_kernel
 from baton.engine.kernels.tuning import Tuning
 
 # Types of arguments by name; pointers to values of the model's dtype are "*".
 POINTERS = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "kv_ptr", "out_ptr", "x_ptr", "residual_ptr", "weight_ptr"), "*"),
-    **dict.fromkeys(("gate_up_ptr", "logits_ptr"), "*"),
+    **dict.fromkeys(("gate_up_ptr", "logits_ptr", "bias_ptr"), "*"),
+    **dict.fromkeys(("records_ptr", "draws_ptr", "input_ids_ptr"), "*i64"),
+    "tables_ptr": "*i32",
     **dict.fromkeys(("cu_seqlens_q_ptr", "context_lens_ptr", "block_tables_ptr"), "*i32"),
     **dict.fromkeys(("limit_ptr", "last_token_ptr", "best_token_ptr", "segment_ptr"), "*i32"),
     **dict.fromkeys(("positions_ptr", "slot_mapping_ptr", "block_ids_ptr", "sums_ptr", "salts_ptr"), "*i64"),
@@ -109,6 +114,12 @@ def small_kernels(dtype: str) -> Iterator[Variant]:
     yield Variant(limits_kernel, {**vocab, **parts, "TILE": 4096}, dtype, num_warps=8)
     yield Variant(race_kernel, {**vocab, **parts, "TILE": 1024, "TILES": 4}, dtype)
     yield Variant(winner_kernel, parts, dtype, num_warps=1)
+    yield Variant(decode_inputs_kernel, {"MAX_BLOCKS": 512, "BLOCK_SIZE": 16, "TILE": 256}, dtype, num_warps=2)
+    yield Variant(greedy_parts_kernel, {**vocab, "TILE": 2048, "TILES": 2}, dtype)
+    yield Variant(greedy_winner_kernel, parts, dtype, num_warps=1)
+    sizes = {"IN_SIZE": 4096, "HAS_BIAS": True, "BLOCK_OUT": 16, "BLOCK_IN": 256, "STAGES": 4}
+    yield Variant(thin_linear_kernel, {**sizes, "ROWS": 1}, dtype)
+    yield Variant(thin_linear_kernel, {**sizes, "ROWS": 16}, dtype)
 
 
 def variants(capability: int) -> Iterator[Variant]:

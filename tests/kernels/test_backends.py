@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -69,3 +72,21 @@ def test_the_cpu_gets_torch_and_a_gpu_gets_triton(device: torch.device) -> None:
     assert isinstance(make_backend(torch.device("cpu")), TorchBackend)
     if device.type == "cuda":
         assert isinstance(make_backend(device), TritonBackend)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN runs on a GPU only")
+@pytest.mark.parametrize("lengths", [(1900,), (2048, 1020)])
+def test_fresh_prompts_in_dense_attention(lengths: tuple[int, ...], device: torch.device) -> None:
+    """Padded to a length that cuDNN has a plan for, with NaN behind every prompt."""
+    shape = Shape(8, 2, 128)
+    batch = make_batch(shape, torch.bfloat16, device, [40, 7], [(length, length) for length in lengths])
+    starts = [2, 2 + lengths[0], 2 + sum(lengths)]
+    meta = replace(batch.meta, fresh_rows=tuple(pairwise(starts[: len(lengths) + 1])))
+    fresh = [
+        torch.cat([torch.full((2, 2, 128), torch.nan), *(x.float() for x in kept[2:])]).bfloat16().to(device)
+        for kept in (batch.keys, batch.values)
+    ]
+    backend = TritonBackend(device)
+    assert backend.uses_dense(batch.q, meta)
+    out = backend.attend(batch.q, batch.layer_kv, meta, 0.1, (fresh[0], fresh[1]))
+    assert_close(out, attention(batch, 0.1), torch.bfloat16)

@@ -25,6 +25,10 @@ KERNELS = {
     "limits_kernel",
     "race_kernel",
     "winner_kernel",
+    "decode_inputs_kernel",
+    "greedy_parts_kernel",
+    "greedy_winner_kernel",
+    "thin_linear_kernel",
 }
 
 

@@ -35,6 +35,10 @@ class TritonBackend:
     ) -> None:
         rope_and_store(q, k, v, positions, cos_sin, layer_kv, meta.slot_mapping)
 
+    def uses_dense(self, q: torch.Tensor, meta: AttentionMetadata) -> bool:
+        """Whether the prefill segments of such a step go to dense attention."""
+        return meta.num_prefills > 0 and self._dense.pays(q, meta)
+
     def attend(
         self,
         q: torch.Tensor,
@@ -48,7 +52,7 @@ class TritonBackend:
         if meta.num_decodes:
             config = self._tuning.decode(head_dim, num_kv_heads, q.dtype)
             decode_attention(q, layer_kv, out, meta.context_lens, meta.block_tables, meta.num_decodes, scale, config)
-        if meta.num_prefills and fresh is not None and self._dense.pays(q, meta):
+        if fresh is not None and self.uses_dense(q, meta):
             self._dense.attend(q, *fresh, out, meta.fresh_rows, scale)
         elif meta.num_prefills:
             prefill_attention(

@@ -155,6 +155,11 @@ class DecodeGraphs:
             tokens = self._sampler.sample(captured.logits[:num_seqs], decodes, records[1, :num_seqs])
             self._runner.draws[:num_seqs].copy_(tokens)
 
+    @torch.inference_mode()
+    def replay_last(self) -> None:
+        # The input tokens differ, being the draws of the launch itself; the work does not.
+        self._captured[self._last_records.shape[1]].graph.replay()
+
     def _records_of(self, decodes: tuple[Request, ...], size: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
         """See `decode_inputs`. A batch that goes on unchanged needs no look at its requests."""
         n = len(decodes)

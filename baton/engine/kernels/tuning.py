@@ -45,6 +45,16 @@ class DenseConfig:
     speedup: float
 
 
+@dataclass(frozen=True, slots=True)
+class ThinConfig:
+    """`block_out` rows of a weight by `block_in` of its columns per load."""
+
+    block_out: int
+    block_in: int
+    num_warps: int
+    num_stages: int
+
+
 # Head dimensions are padded to these; a table gives its rows in this order.
 _HEAD_DIMS: Final = (64, 128, 256)
 

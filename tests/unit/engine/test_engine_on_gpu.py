@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from baton.common.config import EngineConfig, TransferConfig
 from baton.common.errors import ConfigError
 from baton.engine.build import build_engine
 from baton.engine.ports import Release
+from baton.engine.request import Request
 from tests.support.engine_harness import Harness, RecordingPorts, greedy, make_harness, random_prompt, seeded
 from tests.support.tiny_model import make_tiny_llama
 
@@ -47,6 +49,22 @@ def test_float32_gives_the_tokens_of_the_cpu(model_dir: Path) -> None:
     assert harness.generate(*requests()) == on_cpu  # type: ignore[arg-type]
     again = harness.generate(greedy("again", random_prompt(70, seed=70), 40))["again"]
     assert again == on_cpu["g70"]
+    harness.assert_at_rest()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("decode_graphs", [True, False])
+def test_graphs_and_overlap_change_no_token(model_dir: Path, overlap: bool, decode_graphs: bool) -> None:
+    """Batches that grow and shrink through several sizes of graph, draws of both kinds, blocks that are used again."""
+
+    def requests() -> list[Request]:
+        found = [greedy(f"g{n}", random_prompt(5 + 7 * n, seed=n), 10 + 9 * n) for n in range(7)]
+        return found + [seeded(f"s{n}", random_prompt(9 + 11 * n, seed=n), 50 - 5 * n, seed=n) for n in range(6)]
+
+    settings: dict[str, Any] = {"max_num_seqs": 11, "max_num_batched_tokens": 64, "num_blocks": 48}
+    on_cpu = make_harness(model_dir, **settings).generate(*requests())
+    harness = make_gpu_harness(model_dir, overlap=overlap, decode_graphs=decode_graphs, **settings)
+    assert harness.generate(*requests()) == on_cpu
     harness.assert_at_rest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def mixed_requests(stop: int) -> list[Request]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_blocks": 18, "max_num_seqs": 3}, {"prefix_cache": False}], ids=str)
-def test_the_same_tokens(model_dir: Path, settings: dict[str, object]) -> None:
+def test_the_same_tokens(model_dir: Path, settings: dict[str, Any]) -> None:
     tokens = make_harness(model_dir).generate(greedy("a", random_prompt(20, seed=20), 9))["a"]
     for stop in (VOCAB_SIZE, *tokens[4:6]):
         plain = make_harness(model_dir, max_num_batched_tokens=24, **settings)

@@ -1,0 +1,93 @@
+"""Products of a few rows with a large weight: they read the weight once, so they should run at the speed of memory.
+
+The weight's rows are spread over many small programs, each of which walks along its rows with several loads in flight.
+"""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from baton.engine.kernels.tuning import ThinConfig
+
+
+@triton.jit(do_not_specialize=["num_rows", "stride_x"])
+def thin_linear_kernel(
+    x_ptr,  # [num_rows, IN_SIZE]
+    weight_ptr,  # [out_size, IN_SIZE], contiguous
+    bias_ptr,  # [out_size] or None
+    out_ptr,  # [num_rows, out_size], contiguous
+    num_rows,
+    stride_x,
+    out_size,
+    IN_SIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    i = tl.arange(0, BLOCK_IN)
+    is_out = out < out_size
+    weight = weight_ptr + (out.to(tl.int64) * IN_SIZE)[:, None] + i[None, :]
+    if ROWS == 1:
+        acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+        for start in tl.range(0, IN_SIZE, BLOCK_IN, num_stages=STAGES):
+            mask = start + i < IN_SIZE
+            w = tl.load(weight + start, mask=is_out[:, None] & mask[None, :], other=0.0)
+            x = tl.load(x_ptr + start + i, mask=mask, other=0.0)
+            acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+        total = tl.sum(acc, 1)
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + out, mask=is_out, other=0.0).to(tl.float32)
+        tl.store(out_ptr + out, total.to(out_ptr.dtype.element_ty), mask=is_out)
+    else:
+        row = tl.arange(0, ROWS)
+        is_row = row < num_rows
+        x_at = x_ptr + (row.to(tl.int64) * stride_x)[None, :] + i[:, None]  # [BLOCK_IN, ROWS]
+        acc = tl.zeros([BLOCK_OUT, ROWS], tl.float32)
+        for start in tl.range(0, IN_SIZE, BLOCK_IN, num_stages=STAGES):
+            mask = start + i < IN_SIZE
+            w = tl.load(weight + start, mask=is_out[:, None] & mask[None, :], other=0.0)
+            x = tl.load(x_at + start, mask=mask[:, None] & is_row[None, :], other=0.0)
+            acc = tl.dot(w, x, acc)
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + out, mask=is_out, other=0.0).to(tl.float32)[:, None]
+        at = out_ptr + row[None, :] * out_size + out[:, None]
+        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=is_out[:, None] & is_row[None, :])
+
+
+def thin_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: ThinConfig) -> torch.Tensor:
+    """x [num_rows, in_size] times weight [out_size, in_size] transposed, plus bias. Legal in a CUDA graph.
+
+    Meant for at most 16 rows; sums in float32. Raises ValueError.
+    """
+    num_rows, in_size = x.shape
+    out_size = weight.shape[0]
+    if weight.shape[1] != in_size or not weight.is_contiguous() or x.stride(1) != 1 or x.dtype != weight.dtype:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
+    if num_rows > 64:
+        raise ValueError(f"{num_rows} rows are not few")
+    out = torch.empty((num_rows, out_size), dtype=x.dtype, device=x.device)
+    if num_rows == 0:
+        return out
+    thin_linear_kernel[(triton.cdiv(out_size, config.block_out),)](
+        x,
+        weight,
+        bias,
+        out,
+        num_rows,
+        x.stride(0),
+        out_size,
+        IN_SIZE=in_size,
+        HAS_BIAS=bias is not None,
+        ROWS=1 if num_rows == 1 else max(16, triton.next_power_of_2(num_rows)),
+        BLOCK_OUT=config.block_out,
+        BLOCK_IN=config.block_in,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    return out

@@ -1,0 +1,109 @@
+"""The measurements behind the tuning table: variants of kernels at the shapes of Llama-3.1-8B.
+
+`python -m benchmarks.tune --out tune.json` on a GPU. A variant that does not run is recorded with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from baton.engine.kernels.decode_attention import decode_attention
+from baton.engine.kernels.prefill_attention import prefill_attention
+from baton.engine.kernels.thin_linear import thin_linear
+from baton.engine.kernels.tuning import DecodeConfig, PrefillConfig, ThinConfig, Tuning
+from benchmarks.gpu_timing import environment, require_gpu, seconds_per_call
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16
+SCALE = HEAD_DIM**-0.5
+WEIGHTS = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+LM_HEAD = {"lm_head": (128256, 4096)}
+THIN_ROWS = (1, 8, 16)
+THIN = [(8, 512, 4, 4), (16, 256, 4, 4), (16, 512, 4, 3), (16, 256, 2, 5), (32, 128, 4, 5), (32, 256, 8, 4)]
+DECODES = [(1, 8192), (8, 2048), (64, 2048), (128, 4096)]
+# block_n, num_warps, num_stages, programs per SM, min_tiles
+DECODE = [(64, 4, 3, 4, 2), (64, 4, 4, 4, 2), (64, 4, 3, 3, 1), (128, 4, 2, 3, 1), (128, 8, 3, 2, 1), (32, 2, 5, 8, 2)]
+PREFILL = [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 4, 2), (256, 64, 8, 2)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit")
+    parser.add_argument("--min-seconds", type=float, default=0.05)
+    arguments = parser.parse_args()
+    device = require_gpu("benchmarks.tune")
+    rows = []
+    for name, calls in variants(device):
+        rows.append({"name": name, **measure(calls, arguments.min_seconds)})
+        print(rows[-1], flush=True)
+    arguments.out.write_text(json.dumps({**environment(device, arguments.commit), "rows": rows}, indent=1) + "\n")
+
+
+def measure(calls: list[Callable[[], object]], min_seconds: float) -> dict[str, Any]:
+    try:
+        return {"us": round(seconds_per_call(calls, min_seconds) * 1e6, 2)}
+    except Exception as error:  # noqa: BLE001 (a variant that a compiler refuses in any way is a result)
+        return {"failed": f"{type(error).__name__}: {str(error)[:120]}"}
+
+
+def variants(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+    yield from thin(device)
+    yield from decode(device)
+    yield from prefill(device)
+
+
+def thin(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+    for (name, (out_size, in_size)), num_rows in product({**WEIGHTS, **LM_HEAD}.items(), THIN_ROWS):
+        copies = max(2, 2**29 // (2 * out_size * in_size))
+        weights = [torch.randn(out_size, in_size, dtype=torch.bfloat16, device=device) for _ in range(copies)]
+        x = torch.randn(num_rows, in_size, dtype=torch.bfloat16, device=device)
+        yield f"{name} rows {num_rows} cuBLAS", [partial(linear, x, w) for w in weights]
+        for config in THIN:
+            yield (
+                f"{name} rows {num_rows} {config}",
+                [partial(thin_linear, x, w, None, ThinConfig(*config)) for w in weights],
+            )
+
+
+def decode(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+    num_sms = Tuning.of(device).num_sms
+    for batch, context in DECODES:
+        per_seq = context // BLOCK
+        copies = max(1, min(32, 2**28 // (batch * context * 4096)))
+        shape = (2, batch * per_seq, BLOCK, KV_HEADS, HEAD_DIM)
+        caches = [torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(copies)]
+        tables = torch.randperm(batch * per_seq, device=device).int().view(batch, per_seq)
+        lens = torch.full((batch,), context, dtype=torch.int32, device=device)
+        q = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
+        out = torch.empty_like(q)
+        for block_n, warps, stages, per_sm, min_tiles in DECODE:
+            config = DecodeConfig(block_n, warps, stages, num_sms * per_sm // KV_HEADS, min_tiles)
+            calls: list[Callable[[], object]] = [
+                partial(decode_attention, q, kv, out, lens, tables, batch, SCALE, config) for kv in caches
+            ]
+            yield f"decode {batch} x {context} {(block_n, warps, stages, per_sm, min_tiles)}", calls
+
+
+def prefill(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+    for new in (2048, 8192):
+        kv = torch.randn(2, new // BLOCK, BLOCK, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
+        tables = torch.randperm(new // BLOCK, device=device).int().view(1, -1)
+        starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, new], [new]))
+        q = torch.randn(new, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
+        out = torch.empty_like(q)
+        for config in PREFILL:
+            call = partial(prefill_attention, q, kv, out, starts, lens, tables, 0, new, SCALE, PrefillConfig(*config))
+            yield f"prefill {new} {config}", [call]
+
+
+if __name__ == "__main__":
+    main()
