@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -51,6 +53,7 @@ async def serving_cluster(
         announce(f"router on http://{config.server.host}:{router.http_port}, grpc {router.grpc_port}; starting Ray")
         ray_context = ray_session(config, show_worker_logs)
         await asyncio.to_thread(ray_context.__enter__)
+        _restore_sigterm()
         stack.push_async_callback(asyncio.to_thread, ray_context.__exit__, None, None, None)
         layout = choose_layout(config, count_gpus())
         announce(layout.describe())
@@ -60,6 +63,13 @@ async def serving_cluster(
         await _until_ready(router, layout, config.cluster.start_timeout_s)
         stack.push_async_callback(_drain, router, supervisor, config.cluster.drain_timeout_s)
         yield ServingCluster(config, layout, router, supervisor)
+
+
+def _restore_sigterm() -> None:
+    """Ray puts a handler under Python's that aborts the process 3 s after SIGTERM, amid a drain. Put Python's back."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.siginterrupt(signal.SIGTERM, False)
 
 
 def _with_worker_host(config: BatonConfig) -> BatonConfig:

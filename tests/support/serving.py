@@ -56,6 +56,10 @@ class ServeProcess:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(timeout)
 
+    def terminate(self) -> None:
+        """SIGTERM, as an orchestrator sends it. Does not wait."""
+        self.process.send_signal(signal.SIGTERM)
+
     def text(self) -> str:
         return "".join(self.lines)
 
