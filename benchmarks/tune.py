@@ -9,7 +9,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ WEIGHTS = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "
 LM_HEAD = {"lm_head": (128256, 4096)}
 THIN_ROWS = (1, 8, 16)
 THIN = [(8, 512, 4, 4), (16, 256, 4, 4), (16, 512, 4, 3), (16, 256, 2, 5), (32, 128, 4, 5), (32, 256, 8, 4)]
-DECODES = [(1, 8192), (8, 2048), (64, 2048), (128, 4096)]
+DECODES = [(1, 8192), (64, 2048), (128, 4096)]
 # block_n, num_warps, num_stages, programs per SM, min_tiles
-DECODE = [(64, 4, 3, 4, 2), (64, 4, 4, 4, 2), (64, 4, 3, 3, 1), (128, 4, 2, 3, 1), (128, 8, 3, 2, 1), (32, 2, 5, 8, 2)]
+DECODE = [(64, 4, 3, 4, 2), (64, 4, 4, 2, 1), (64, 4, 3, 3, 1), (128, 4, 2, 3, 1), (32, 4, 5, 4, 2)]
 PREFILL = [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 4, 2), (256, 64, 8, 2)]
 
 
@@ -38,11 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit")
+    parser.add_argument("--only", choices=sorted(KINDS), action="append", help="all by default")
     parser.add_argument("--min-seconds", type=float, default=0.05)
     arguments = parser.parse_args()
     device = require_gpu("benchmarks.tune")
     rows = []
-    for name, calls in variants(device):
+    for name, calls in chain.from_iterable(KINDS[kind](device) for kind in arguments.only or KINDS):
         rows.append({"name": name, **measure(calls, arguments.min_seconds)})
         print(rows[-1], flush=True)
     arguments.out.write_text(json.dumps({**environment(device, arguments.commit), "rows": rows}, indent=1) + "\n")
@@ -53,12 +54,6 @@ def measure(calls: list[Callable[[], object]], min_seconds: float) -> dict[str, 
         return {"us": round(seconds_per_call(calls, min_seconds) * 1e6, 2)}
     except Exception as error:  # noqa: BLE001 (a variant that a compiler refuses in any way is a result)
         return {"failed": f"{type(error).__name__}: {str(error)[:120]}"}
-
-
-def variants(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
-    yield from thin(device)
-    yield from decode(device)
-    yield from prefill(device)
 
 
 def thin(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
@@ -103,6 +98,9 @@ def prefill(device: torch.device) -> Iterator[tuple[str, list[Callable[[], objec
         for config in PREFILL:
             call = partial(prefill_attention, q, kv, out, starts, lens, tables, 0, new, SCALE, PrefillConfig(*config))
             yield f"prefill {new} {config}", [call]
+
+
+KINDS = {"thin": thin, "decode": decode, "prefill": prefill}
 
 
 if __name__ == "__main__":

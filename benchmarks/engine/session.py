@@ -13,7 +13,8 @@ from benchmarks.engine.workloads import WORKLOADS
 CONTEXTS = (512, 2048, 8192)
 BATCHES = (1, 8, 32, 64, 128, 256)
 PROMPTS = (512, 2048, 8192, 32768)
-PROFILED = {(1, 2048), (8, 2048), (64, 2048), (256, 2048)}
+PROFILED = ((1, 2048), (8, 2048), (64, 2048), (256, 2048))
+PROFILED_PROMPT = 8192
 NUM_PREFILLS = 5
 
 # vLLM 0.26 on one H200 with the same limits, 2026-11-21: milliseconds per decode step and to the first token, tokens/s.
@@ -58,13 +59,12 @@ class Session:
                 yield _guarded(work, "ms", lambda b=batch, c=context, w=work: self._decode(w, b, c))  # type: ignore[misc]
 
     def _decode(self, work: str, batch: int, context: int) -> Row:
-        times = self._engine.decode(batch, context, profiled=(batch, context) in PROFILED)
+        times = self._engine.decode(batch, context)
         floor = self._floors.decode(batch, context)
         device_ms = None if times.device_seconds is None else times.device_seconds * 1e3
         details: dict[str, object] = {"tokens_s": batch / times.seconds, "device_ms": device_ms}
         if times.device_seconds is not None:
             details["host_gap"] = 1 - times.device_seconds / times.seconds
-        details["kernels_us"] = times.kernels
         peer = PEER_DECODE_MS.get((batch, context))
         return Row(work, times.seconds * 1e3, "ms", floor * 1e3, floor / times.seconds, peer, details)
 
@@ -79,8 +79,6 @@ class Session:
         seconds = statistics.median(times)
         floor = self._floors.prefill(num_tokens)
         details: dict[str, object] = {"tokens_s": num_tokens / seconds, "all_ms": [1e3 * t for t in times]}
-        if num_tokens in (2048, 8192):
-            details["kernels_us"] = self._engine.profiled_prefill(num_tokens)
         return Row(work, seconds * 1e3, "ms", floor * 1e3, floor / seconds, PEER_PREFILL_MS.get(num_tokens), details)
 
     def throughput(self) -> Iterator[Row]:
@@ -96,12 +94,32 @@ class Session:
         details: dict[str, object] = {"seconds": seconds, "num_in": num_in, "num_out": num_out}
         return Row(name, counted / seconds, "tok/s", peer=PEER_TOKENS_S[name], details=details)
 
+    def profile(self) -> Iterator[Row]:
+        """Last: a profiler may slow down what is measured after it."""
+        for batch, context in PROFILED:
+            yield _guarded(
+                f"profile of decode, batch {batch}, context {context}",
+                "ms",
+                lambda b=batch, c=context: self._profiled_decode(b, c),  # type: ignore[misc]
+            )
+        work = f"profile of a prefill of {PROFILED_PROMPT}"
+        yield _guarded(work, "ms", lambda: _profile_row(work, self._engine.profiled_prefill(PROFILED_PROMPT)))
+
+    def _profiled_decode(self, batch: int, context: int) -> Row:
+        kernels = self._engine.decode(batch, context, profiled=True).kernels
+        return _profile_row(f"profile of decode, batch {batch}, context {context}", kernels)
+
 
 PARTS: dict[str, Callable[[Session], Iterator[Row]]] = {
     "decode": Session.decode,
     "prefill": Session.prefill,
     "throughput": Session.throughput,
+    "profile": Session.profile,
 }
+
+
+def _profile_row(work: str, kernels: dict[str, float]) -> Row:
+    return Row(work, sum(kernels.values()) / 1e3, "ms", details={"kernels_us": kernels})
 
 
 def _guarded(work: str, unit: str, measure: Callable[[], Row]) -> Row:
