@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 MAX_PENALTY = 100.0
 MAX_BIAS = 100.0
-MAX_TOP_LOGPROBS = 128
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from baton.common import events
 from baton.common.clock import Clock
+from baton.common.sampling import TokenLogprobs
 from baton.engine.ports import LifecycleEvent, PrefillDone, TokenOutput
 from baton.worker.session import RouterSession, engine_id
 from baton.worker.spec import Spec
@@ -115,7 +116,14 @@ class Attempts:
         """The tokens that prefills for other workers have drawn, as the engine would report those of its own."""
         live = [(self._live.get(prefill.request_id), prefill) for prefill in done]
         return [
-            TokenOutput(prefill.request_id, attempt.spec.num_emitted, (prefill.first_token,), prefill.finish_reason)
+            TokenOutput(
+                prefill.request_id,
+                attempt.spec.num_emitted,
+                (prefill.first_token,),
+                prefill.finish_reason,
+                prefill.logprobs,
+                prefill.prompt_logprobs,
+            )
             for attempt, prefill in live
             if attempt is not None
         ]
@@ -171,6 +179,8 @@ class Attempts:
             position=output.position,
             token_ids=output.token_ids,
             finish_reason=output.finish_reason or "",
+            logprobs=map(_logprobs, output.logprobs),
+            prompt_logprobs=map(_logprobs, output.prompt_logprobs),
         )
 
     def _remove(self, attempt: Attempt) -> bool:
@@ -184,6 +194,16 @@ class Attempts:
         if not self._live:
             self._idle.set()
         return True
+
+
+def _logprobs(known: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        token_id=known.token_id,
+        logprob=known.logprob,
+        rank=known.rank,
+        top_token_ids=[token for token, _ in known.top],
+        top_logprobs=[logprob for _, logprob in known.top],
+    )
 
 
 def send_refusal(

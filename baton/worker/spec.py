@@ -48,7 +48,7 @@ def read_spec(spec: pb.RequestSpec, limits: Limits) -> Spec:
     """Raises InvalidRequest with a sentence for the client when the spec cannot be served here."""
     token_ids = list(spec.token_ids)
     _check_tokens(token_ids, spec, limits)
-    return Spec(token_ids, spec.num_emitted, _read_sampling(spec), _read_deadline(spec))
+    return Spec(token_ids, spec.num_emitted, _read_sampling(spec, limits.vocab_size), _read_deadline(spec))
 
 
 def _check_tokens(token_ids: list[int], spec: pb.RequestSpec, limits: Limits) -> None:
@@ -71,7 +71,13 @@ def _check_tokens(token_ids: list[int], spec: pb.RequestSpec, limits: Limits) ->
         )
 
 
-def _read_sampling(spec: pb.RequestSpec) -> SamplingParams:
+def _read_sampling(spec: pb.RequestSpec, vocab_size: int) -> SamplingParams:
+    if spec.logit_bias and max(spec.logit_bias) >= vocab_size:
+        raise InvalidRequest(
+            f"token id {max(spec.logit_bias)} is not in the vocabulary of {vocab_size} tokens", "logit_bias"
+        )
+    if spec.min_tokens and len({token for token in spec.stop_token_ids if token < vocab_size}) == vocab_size:
+        raise InvalidRequest("min_tokens leaves no token to draw: every one is a stop token", "min_tokens")
     try:
         return SamplingParams(
             max_tokens=spec.max_tokens,
@@ -82,6 +88,13 @@ def _read_sampling(spec: pb.RequestSpec) -> SamplingParams:
             choice=spec.choice,
             min_tokens=spec.min_tokens,
             stop_token_ids=frozenset(spec.stop_token_ids),
+            min_p=spec.min_p,
+            repetition_penalty=spec.repetition_penalty or 1.0,
+            presence_penalty=spec.presence_penalty,
+            frequency_penalty=spec.frequency_penalty,
+            logit_bias=tuple(sorted(spec.logit_bias.items())),
+            logprobs=spec.logprobs if spec.HasField("logprobs") else None,
+            prompt_logprobs=spec.prompt_logprobs if spec.HasField("prompt_logprobs") else None,
         )
     except ValueError as error:
         raise InvalidRequest(str(error), "sampling") from None

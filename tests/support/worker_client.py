@@ -37,6 +37,8 @@ class WorkerClient:
         self.hello: pb.WorkerHello | None = None
         self.frames: list[pb.WorkerFrame] = []
         self.tokens: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)
+        self.logprobs: dict[tuple[str, int], dict[int, pb.TokenLogprobs]] = defaultdict(dict)
+        self.prompt_logprobs: dict[tuple[str, int], list[pb.TokenLogprobs]] = {}
         self.finish_reasons: dict[tuple[str, int], str] = {}
         self.reserved: dict[tuple[str, int], pb.Reserved] = {}
         self.refused: dict[tuple[str, int], pb.Refused] = {}
@@ -199,6 +201,12 @@ class WorkerClient:
         for offset, token in enumerate(output.token_ids):
             assert output.position + offset not in self.tokens[key], f"position {output.position} of {key} came twice"
             self.tokens[key][output.position + offset] = token
+        assert len(output.logprobs) in (0, len(output.token_ids)), output
+        for offset, known in enumerate(output.logprobs):
+            self.logprobs[key][output.position + offset] = known
+        if output.prompt_logprobs:
+            assert output.position == 0, f"log-probabilities of the prompt of {key} at position {output.position}"
+            self.prompt_logprobs[key] = list(output.prompt_logprobs)
         if output.finish_reason:
             self._terminal(key)
             self.finish_reasons[key] = output.finish_reason
