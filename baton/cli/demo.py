@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,33 +13,28 @@ from rich.table import Table
 
 from baton.cluster.serving import ServingCluster, serving_cluster
 from baton.common.config import BatonConfig, load_config
-from baton.engine.models.tiny import write_tiny_llama
+from baton.demo_model import demo_model_path
 from protos import inference_pb2, inference_pb2_grpc
 
-_PROMPTS = (
-    "A baton is a short stick",
-    "The runner hands it over without slowing down, and the next one is already moving. " * 3,
-)
-_MAX_TOKENS = 32
+_PROMPTS = ("dog:", "A baton is a short stick that the runners of a relay race hand on. A race is")
+_SAMPLING: dict[str, Any] = {"max_tokens": 40, "temperature": 0.7, "top_p": 0.9, "seed": 1}
 
 
 def demo() -> None:
     """Start router, one prefill and one decode worker on the CPU, stream requests, print their timelines, stop."""
-    with tempfile.TemporaryDirectory(prefix="baton-demo-") as directory:
-        model = write_tiny_llama(Path(directory) / "tiny-llama")
-        config = load_config(
-            None,
-            {
-                "model": str(model),
-                "cluster.device": "cpu",
-                "cluster.prefill": 1,
-                "cluster.decode": 1,
-                "server.port": 0,
-                "server.grpc_port": 0,
-                "router.policy": "remote",
-            },
-        )
-        asyncio.run(_demo(config))
+    config = load_config(
+        None,
+        {
+            "model": str(demo_model_path()),
+            "cluster.device": "cpu",
+            "cluster.prefill": 1,
+            "cluster.decode": 1,
+            "server.port": 0,
+            "server.grpc_port": 0,
+            "router.policy": "remote",
+        },
+    )
+    asyncio.run(_demo(config))
 
 
 async def _demo(config: BatonConfig) -> None:
@@ -60,7 +53,7 @@ async def _demo(config: BatonConfig) -> None:
 
 async def _over_http(console: Console, http: httpx.AsyncClient, config: BatonConfig, prompt: str) -> str:
     """Stream one completion over HTTP, print the text as it arrives and return the request's id."""
-    body = {"model": config.model_name, "prompt": prompt, "max_tokens": _MAX_TOKENS, "seed": 1, "stream": True}
+    body = {"model": config.model_name, "prompt": prompt, "stream": True, **_SAMPLING}
     request_id = ""
     _print_prompt(console, "HTTP", prompt)
     async with http.stream("POST", "/v1/completions", json=body) as response:
@@ -80,7 +73,7 @@ async def _over_grpc(console: Console, cluster: ServingCluster, prompt: str) -> 
     request = inference_pb2.GenerateRequest(
         model=cluster.config.model_name,
         text=prompt,
-        sampling=inference_pb2.SamplingParams(max_tokens=_MAX_TOKENS, seed=1),
+        sampling=inference_pb2.SamplingParams(**_SAMPLING),
     )
     request_id = ""
     _print_prompt(console, "gRPC", prompt)
@@ -98,8 +91,8 @@ def _print_prompt(console: Console, transport: str, prompt: str) -> None:
 
 
 def _print_text(console: Console, text: str) -> None:
-    # A model with random weights emits any byte: show control characters instead of sending them to the terminal.
-    console.print("".join(c if c.isprintable() else "·" for c in text), end="", markup=False, highlight=False)
+    # What a model writes goes to a terminal: let no control character through.
+    console.print("".join(c if c.isprintable() else " " for c in text), end="", markup=False, highlight=False)
 
 
 def _timeline_table(records: list[dict[str, Any]]) -> Table:
