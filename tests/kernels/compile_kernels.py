@@ -118,8 +118,8 @@ def small_kernels(dtype: str) -> Iterator[Variant]:
     yield Variant(greedy_parts_kernel, {**vocab, "TILE": 2048, "TILES": 2}, dtype)
     yield Variant(greedy_winner_kernel, parts, dtype, num_warps=1)
     sizes = {"IN_SIZE": 4096, "HAS_BIAS": True, "BLOCK_OUT": 16, "BLOCK_IN": 256, "STAGES": 4}
-    yield Variant(thin_linear_kernel, {**sizes, "ROWS": 1}, dtype)
-    yield Variant(thin_linear_kernel, {**sizes, "ROWS": 16}, dtype)
+    yield Variant(thin_linear_kernel, {**sizes, "ROWS": 1, "GATED": True}, dtype)
+    yield Variant(thin_linear_kernel, {**sizes, "ROWS": 16, "GATED": False}, dtype)
 
 
 def variants(capability: int) -> Iterator[Variant]:

@@ -75,7 +75,7 @@ def test_the_cpu_gets_torch_and_a_gpu_gets_triton(device: torch.device) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN runs on a GPU only")
-@pytest.mark.parametrize("lengths", [(1900,), (2048, 1020)])
+@pytest.mark.parametrize("lengths", [(1900,), (2048, 1024), (3000, 1950)])
 def test_fresh_prompts_in_dense_attention(lengths: tuple[int, ...], device: torch.device) -> None:
     """Padded to a length that cuDNN has a plan for, with NaN behind every prompt."""
     shape = Shape(8, 2, 128)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from baton.engine.kernels.thin_linear import thin_linear
+from baton.engine.kernels.thin_linear import thin_gated_linear, thin_linear
 from baton.engine.kernels.tuning import ThinConfig
 from tests.kernels.reference import assert_close
 
@@ -35,3 +35,13 @@ def test_refuses_many_rows_and_other_shapes(device: torch.device) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         thin_linear(torch.zeros(1, 8, device=device), torch.zeros(4, 9, device=device), None, config)
     assert thin_linear(torch.zeros(0, 8, device=device), torch.zeros(4, 8, device=device), None, config).shape == (0, 4)
+
+
+@pytest.mark.parametrize(("size", "out_size"), [(64, 32), (100, 37)])
+def test_gate_and_up_in_one(size: int, out_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn(1, size).to(dtype).to(device)
+    weight = (torch.randn(2 * out_size, size) * size**-0.5).to(dtype).to(device)
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
+    assert_close(thin_gated_linear(x, weight, ThinConfig(8, 32, 4, 3)), gate / (1 + (-gate).exp()) * up, dtype)
+    with pytest.raises(ValueError, match="one row"):
+        thin_gated_linear(torch.cat((x, x)), weight, ThinConfig(8, 32, 4, 3))

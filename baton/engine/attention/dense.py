@@ -45,8 +45,11 @@ class DensePrefill:
         out: torch.Tensor,
         rows: tuple[tuple[int, int], ...],
         scale: float,
-    ) -> None:
-        """Fill out[start:end] for each of `rows`. q, out: [num_tokens, num_heads, head_dim]; k, v likewise."""
+    ) -> torch.Tensor:
+        """The attention of `rows` in place of those of `out`. q, out: [num_tokens, num_heads, head_dim]; k, v likewise.
+
+        Returns `out`, or a tensor of its shape where one segment is the whole batch: that saves a copy.
+        """
         config = self._tuning.dense(q.shape[2], q.dtype)
         assert config is not None
         for start, end in rows:
@@ -56,13 +59,17 @@ class DensePrefill:
                 found = scaled_dot_product_attention(
                     dense_q, dense_k, dense_v, is_causal=True, scale=scale, enable_gqa=True
                 )
-            out[start:end] = found[0].transpose(0, 1)[: end - start]
+            attended = found[0].transpose(0, 1)[: end - start]
+            if len(attended) == len(out):
+                return attended
+            out[start:end] = attended
+        return out
 
 
 def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
-    """Contiguous [length, num_heads, head_dim]; the padding is zero, because garbage could be NaN."""
+    """[length, num_heads, head_dim]; the padding is zero, because garbage could be NaN."""
     if len(x) == length:
-        return x.contiguous()
+        return x
     padded = torch.zeros((length, *x.shape[1:]), dtype=x.dtype, device=x.device)
     padded[: len(x)] = x
     return padded

@@ -53,8 +53,8 @@ class TritonBackend:
             config = self._tuning.decode(head_dim, num_kv_heads, q.dtype)
             decode_attention(q, layer_kv, out, meta.context_lens, meta.block_tables, meta.num_decodes, scale, config)
         if fresh is not None and self.uses_dense(q, meta):
-            self._dense.attend(q, *fresh, out, meta.fresh_rows, scale)
-        elif meta.num_prefills:
+            return self._dense.attend(q, *fresh, out, meta.fresh_rows, scale)
+        if meta.num_prefills:
             prefill_attention(
                 q,
                 layer_kv,

@@ -16,7 +16,7 @@ from baton.engine.kernels.tuning import ThinConfig
 @triton.jit(do_not_specialize=["num_rows", "stride_x"])
 def thin_linear_kernel(
     x_ptr,  # [num_rows, IN_SIZE]
-    weight_ptr,  # [out_size, IN_SIZE], contiguous
+    weight_ptr,  # [out_size, IN_SIZE], contiguous; twice the rows, those of the gate first, when GATED
     bias_ptr,  # [out_size] or None
     out_ptr,  # [num_rows, out_size], contiguous
     num_rows,
@@ -24,6 +24,7 @@ def thin_linear_kernel(
     out_size,
     IN_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -35,12 +36,23 @@ def thin_linear_kernel(
     weight = weight_ptr + (out.to(tl.int64) * IN_SIZE)[:, None] + i[None, :]
     if ROWS == 1:
         acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+        up_acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+        up_offset = out_size.to(tl.int64) * IN_SIZE
         for start in tl.range(0, IN_SIZE, BLOCK_IN, num_stages=STAGES):
             mask = start + i < IN_SIZE
             w = tl.load(weight + start, mask=is_out[:, None] & mask[None, :], other=0.0)
             x = tl.load(x_ptr + start + i, mask=mask, other=0.0)
             acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+            if GATED:
+                up = tl.load(weight + up_offset + start, mask=is_out[:, None] & mask[None, :], other=0.0)
+                up_acc += up.to(tl.float32) * x.to(tl.float32)[None, :]
         total = tl.sum(acc, 1)
+        if GATED:
+            # Rounded where the separate kernels round.
+            dtype = out_ptr.dtype.element_ty
+            gate = total.to(dtype).to(tl.float32)
+            silu = (gate / (1.0 + tl.math.exp2(gate * -1.4426950408889634))).to(dtype).to(tl.float32)
+            total = silu * tl.sum(up_acc, 1).to(dtype).to(tl.float32)
         if HAS_BIAS:
             total += tl.load(bias_ptr + out, mask=is_out, other=0.0).to(tl.float32)
         tl.store(out_ptr + out, total.to(out_ptr.dtype.element_ty), mask=is_out)
@@ -63,10 +75,26 @@ def thin_linear_kernel(
 def thin_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: ThinConfig) -> torch.Tensor:
     """x [num_rows, in_size] times weight [out_size, in_size] transposed, plus bias. Legal in a CUDA graph.
 
-    Meant for at most 16 rows; sums in float32. Raises ValueError.
+    Sums in float32. Raises ValueError above 64 rows, and where sizes do not fit.
     """
+    return _product(x, weight, bias, config, gated=False)
+
+
+def thin_gated_linear(x: torch.Tensor, weight: torch.Tensor, config: ThinConfig) -> torch.Tensor:
+    """SiLU(x G^T) * (x U^T) for one row x [1, in_size]; weight [2 * out_size, in_size] holds G, then U.
+
+    Rounds as the product and then `silu_mul` do. Legal in a CUDA graph. Raises ValueError.
+    """
+    if x.shape[0] != 1 or weight.shape[0] % 2:
+        raise ValueError(f"takes one row and an even number of outputs, got {tuple(x.shape)}, {tuple(weight.shape)}")
+    return _product(x, weight, None, config, gated=True)
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: ThinConfig, *, gated: bool
+) -> torch.Tensor:
     num_rows, in_size = x.shape
-    out_size = weight.shape[0]
+    out_size = weight.shape[0] // 2 if gated else weight.shape[0]
     if weight.shape[1] != in_size or not weight.is_contiguous() or x.stride(1) != 1 or x.dtype != weight.dtype:
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
     if num_rows > 64:
@@ -84,6 +112,7 @@ def thin_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         out_size,
         IN_SIZE=in_size,
         HAS_BIAS=bias is not None,
+        GATED=gated,
         ROWS=1 if num_rows == 1 else max(16, triton.next_power_of_2(num_rows)),
         BLOCK_OUT=config.block_out,
         BLOCK_IN=config.block_in,

@@ -61,7 +61,7 @@ _HEAD_DIMS: Final = (64, 128, 256)
 _HALF_PREFILL: Final = MappingProxyType(
     {
         8: (PrefillConfig(128, 64, 4, 3), PrefillConfig(128, 64, 8, 3), PrefillConfig(64, 32, 4, 2)),
-        9: (PrefillConfig(128, 128, 8, 3), PrefillConfig(128, 128, 8, 2), PrefillConfig(128, 64, 8, 2)),
+        9: (PrefillConfig(128, 128, 8, 3), PrefillConfig(128, 64, 8, 3), PrefillConfig(128, 64, 8, 2)),
         10: (PrefillConfig(128, 128, 8, 3), PrefillConfig(128, 128, 8, 2), PrefillConfig(128, 64, 8, 2)),
     }
 )
@@ -71,14 +71,19 @@ _FLOAT32_PREFILL: Final = (PrefillConfig(32, 32, 4, 2), PrefillConfig(32, 32, 4,
 _HALF_DECODE: Final = MappingProxyType(
     {
         8: ((64, 4, 3, 4, 2), (64, 4, 3, 3, 2), (32, 4, 3, 2, 2)),
-        9: ((128, 4, 3, 4, 1), (64, 4, 3, 4, 2), (32, 4, 3, 4, 2)),
+        9: ((128, 4, 3, 4, 1), (64, 4, 4, 2, 1), (32, 4, 3, 4, 2)),
         10: ((128, 4, 3, 4, 1), (64, 4, 3, 4, 2), (32, 4, 3, 4, 2)),
     }
 )
 _FLOAT32_DECODE: Final = ((32, 4, 2, 4, 2), (32, 4, 2, 4, 2), (16, 4, 2, 4, 2))
 
 
-_DENSE: Final = MappingProxyType({9: DenseConfig(min_tokens=1024, max_tokens=8192, step=1024, speedup=1.4)})
+# One row only: with more, cuBLAS is faster. Long rows of a weight are read in longer pieces.
+_THIN: Final = MappingProxyType({9: (ThinConfig(16, 256, 4, 4), ThinConfig(8, 512, 4, 4))})
+_THIN_GATED: Final = MappingProxyType({9: ThinConfig(8, 256, 4, 4)})
+_LONG_ROW: Final = 8192
+
+_DENSE: Final = MappingProxyType({9: DenseConfig(min_tokens=1024, max_tokens=8192, step=1024, speedup=1.27)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +108,17 @@ class Tuning:
     def dense(self, head_dim: int, dtype: torch.dtype) -> DenseConfig | None:
         """None where it was not measured, or where cuDNN has no kernel."""
         return _DENSE.get(self.generation) if dtype.itemsize == 2 and head_dim in (64, 128) else None
+
+    def thin(self, num_rows: int, in_size: int, dtype: torch.dtype) -> ThinConfig | None:
+        """None where cuBLAS is faster, or nothing was measured."""
+        configs = _THIN.get(self.generation)
+        if configs is None or num_rows != 1 or dtype.itemsize != 2:
+            return None
+        return configs[in_size > _LONG_ROW]
+
+    def thin_gated(self, num_rows: int, dtype: torch.dtype) -> ThinConfig | None:
+        """The same for a gate-up product with its activation."""
+        return _THIN_GATED.get(self.generation) if num_rows == 1 and dtype.itemsize == 2 else None
 
     def decode(self, head_dim: int, num_kv_heads: int, dtype: torch.dtype) -> DecodeConfig:
         rows = _HALF_DECODE[self.generation] if dtype.itemsize == 2 else _FLOAT32_DECODE

@@ -1,4 +1,4 @@
-"""The gated activation between the two halves of an MLP."""
+"""The gated activation between the two halves of an MLP, with the product before it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import torch
 from torch.nn.functional import silu
 
 from baton.engine.layers.device import cuda_kernels
+from baton.engine.layers.linear import FusedLinear
 
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up: [num_tokens, 2 * intermediate_size], the gate first. Returns [num_tokens, intermediate_size]."""
-    if gate_up.is_cuda:
-        return cuda_kernels().silu_and_mul(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
+def gated_linear(x: torch.Tensor, gate_up: FusedLinear) -> torch.Tensor:
+    """SiLU(gate) * up. `gate_up` gives 2 * size outputs, the gate first. Returns [num_tokens, size]."""
+    if x.is_cuda:
+        return cuda_kernels().gated_linear(x, gate_up.weight, gate_up.bias)
+    gate, up = gate_up(x).chunk(2, dim=-1)
     return silu(gate) * up

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import embedding
 
 from baton.engine.attention.base import AttentionBackend, AttentionMetadata
-from baton.engine.layers.activation import silu_and_mul
+from baton.engine.layers.activation import gated_linear
 from baton.engine.layers.linear import FusedLinear, linear
 from baton.engine.layers.norm import add_rms_norm, rms_norm
 from baton.engine.layers.rope import cos_sin_table
@@ -65,7 +65,7 @@ class MLP:
         self.down = FusedLinear({"down_proj": config.hidden_size}, size, config.mlp_bias, dtype, device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(silu_and_mul(self.gate_up(x)))
+        return self.down(gated_linear(x, self.gate_up))
 
 
 class DecoderLayer:
