@@ -15,8 +15,9 @@ log = logging.getLogger(__name__)
 
 # The object store carries nothing of ours: tokens travel over gRPC, KV over torch.distributed.
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
-# Ray runs its workers at niceness 15: beside any other work a whole server would starve, heartbeats included.
-_SYSTEM_CONFIG = {"worker_niceness": 0}
+# Ray runs its workers at niceness 15: beside any other work a whole server would starve, heartbeats included. And it
+# ends all processes of a cluster, this one too, a minute after its GCS is gone: requests need no GCS, so they go on.
+_SYSTEM_CONFIG = {"worker_niceness": 0, "gcs_rpc_server_reconnect_timeout_s": 7 * 24 * 3600}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from baton.cluster.controller import ClusterController, Membership, WorkerAddres
 from baton.cluster.layout import ClusterLayout, Role
 from baton.common.config import BatonConfig
 from baton.common.errors import BatonError
+from baton.worker.threads import run_in_thread
 from decode_worker.actor import DecodeWorker
 from kv_transfer.connection import nccl_environment
 from prefill_worker.actor import PrefillWorker
@@ -65,7 +67,8 @@ class Supervisor:
     async def drain(self) -> None:
         """Let the workers finish what they have, at most `cluster.drain_timeout_s`."""
         timeout = self._config.cluster.drain_timeout_s
-        calls = [_as_awaitable(actor.drain.remote(timeout)) for actor in self._actors.values()]
+        # Without its GCS, Ray lets calls wait for ever.
+        calls = [_within(actor.drain.remote(timeout), timeout + _STOP_S) for actor in self._actors.values()]
         for result in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(result, BaseException):
                 log.warning("a worker did not drain: %s", result)
@@ -84,13 +87,13 @@ class Supervisor:
         for result in await asyncio.gather(*(_within(call, _STOP_S) for call in calls), return_exceptions=True):
             if isinstance(result, BaseException):
                 log.warning("a worker did not stop by itself: %s", result)
-        for actor in actors:
-            ray.kill(actor, no_restart=True)
+        try:
+            await asyncio.wait_for(run_in_thread(partial(_kill, actors, self._group), "kill actors"), _STOP_S)
+        except TimeoutError:
+            log.warning("Ray's GCS does not answer: the actors end with their raylet")
         self._actors.clear()
         self._controller = None
-        if self._group is not None:
-            remove_placement_group(self._group)
-            self._group = None
+        self._group = None
 
     @property
     def placement_group(self) -> PlacementGroup:
@@ -177,6 +180,14 @@ class Supervisor:
         for name, reason in membership.errors.items():
             raise BatonError(f"worker {name} did not start: {reason}")
         return len(membership.members) == len(self._actors)
+
+
+def _kill(actors: Iterable[ActorHandle[Any]], group: PlacementGroup | None) -> None:
+    """Blocks for as long as Ray's GCS is away."""
+    for actor in actors:
+        ray.kill(actor, no_restart=True)
+    if group is not None:
+        remove_placement_group(group)
 
 
 async def _as_awaitable(reference: Any) -> Any:
