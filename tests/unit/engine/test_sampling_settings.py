@@ -104,3 +104,27 @@ def blocks_of(ports: RecordingPorts) -> list[int]:
     """The physical blocks of the one hand-over, in logical order."""
     segments = sorted((s for s in ports.segments if s.layer_start == 0), key=lambda s: s.block_start)
     return [block for segment in segments for block in segment.block_ids]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_later_choices_share_the_prompt_of_the_first_and_draw_their_own(model_dir: Path, overlap: bool) -> None:
+    prompt = random_prompt(40)
+
+    def choice(number: int) -> Request:
+        return wanting(f"c{number}", prompt, 20, {"temperature": 1.0, "seed": 9, "choice": number})
+
+    alone = [make_harness(model_dir).generate(choice(n))[f"c{n}"] for n in range(4)]
+    assert len({tuple(tokens) for tokens in alone}) == 4
+    assert len({tokens[0] for tokens in alone}) > 1
+    harness = make_harness(model_dir, overlap=overlap)
+    requests = [choice(n) for n in range(4)]
+    harness.add(requests[0])
+    harness.run(until=lambda: bool(harness.ports.tokens["c0"]))
+    before = harness.blocks.running
+    harness.add(*requests[1:])
+    harness.turn()
+    assert [request.num_cached_tokens for request in requests] == [0, 32, 32, 32]
+    assert harness.blocks.running == before + 3
+    harness.run()
+    assert [harness.ports.tokens[f"c{n}"] for n in range(4)] == alone
+    harness.assert_at_rest()
