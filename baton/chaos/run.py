@@ -17,6 +17,7 @@ from baton.chaos.load import Client, Jobs, Stream, run_load
 from baton.chaos.plan import ChaosPlan
 from baton.chaos.reference import Reference
 from baton.chaos.watch import BlockWatch, until_at_rest, until_complete
+from baton.common.errors import BatonError
 from baton.engine.models.config import load_model_config
 
 _BYTES = 256  # token ids of prompts stay below special tokens of a byte-level vocabulary
@@ -101,20 +102,18 @@ async def disturb(plan: ChaosPlan, cluster: TargetCluster, vocab_size: int, resu
 
 
 async def _load_with_faults(plan: ChaosPlan, client: Client, series: FaultSeries, jobs: Jobs, result: Result) -> None:
+    """Ends with the load and the faults that end. Raises the BatonError of a fault that could not be done."""
     start = time.monotonic()
-    faults = [asyncio.create_task(series.run(fault, start), name=fault.kind) for fault in plan.faults]
-    load = asyncio.create_task(run_load(client, plan.load, jobs, result.streams), name="load")
     try:
-        await asyncio.wait({load, *faults}, return_when=asyncio.FIRST_EXCEPTION)
-        await load
-        endless = [task for task, fault in zip(faults, plan.faults, strict=True) if fault.count is None]
-        for task in endless:
-            task.cancel()
-        await asyncio.gather(*(task for task in faults if task not in endless))
-    finally:
-        for task in (load, *faults):
-            task.cancel()
-        await asyncio.gather(load, *faults, return_exceptions=True)
+        async with asyncio.TaskGroup() as group:
+            tasks = [(fault, group.create_task(series.run(fault, start), name=fault.kind)) for fault in plan.faults]
+            load = group.create_task(run_load(client, plan.load, jobs, result.streams), name="load")
+            await asyncio.wait({load, *(task for fault, task in tasks if fault.count is not None)})
+            for fault, task in tasks:
+                if fault.count is None:
+                    task.cancel()
+    except* BatonError as failed:
+        raise failed.exceptions[0] from None
 
 
 async def _recover(plan: ChaosPlan, cluster: TargetCluster, size: Size, watch: BlockWatch, result: Result) -> None:
