@@ -123,8 +123,9 @@ class DrivenEngine:
         """Turn until nothing is left. Raises RuntimeError if a request failed."""
         while self.engine.turn():
             pass
-        if self.ports.failures:
-            raise RuntimeError("; ".join(self.ports.failures[:3]))
+        failures, self.ports.failures = self.ports.failures, []
+        if failures:
+            raise RuntimeError("; ".join(failures[:3]))
 
     def _admit(self, batch: int, num_prompt_tokens: int, max_tokens: int) -> None:
         """All at once: commands are taken together at the start of a turn."""
