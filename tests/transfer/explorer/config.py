@@ -53,7 +53,7 @@ class Config:
     attempts: int = 2
     epochs: int = 2
     fine: bool = True
-    clusters: bool = True
+    reduce: bool = True
 
 
 ONE_BY_ONE = RequestSpec(0, 0, 1)

@@ -6,13 +6,15 @@ nothing moves, it shows that every attempt ends and that nothing stays leased, q
 
 from __future__ import annotations
 
+from itertools import product
+
 from kv_transfer.decode_state import LeasePhase
 from kv_transfer.protocol import counters
 from tests.transfer.explorer import router
 from tests.transfer.explorer.checks import require
 from tests.transfer.explorer.moves import SEVERAL, Key, Move, Moves
-from tests.transfer.explorer.parts import Phase, PrefillEngine, RouterRequest, Side
-from tests.transfer.explorer.world import ROUTER, World, epoch_name
+from tests.transfer.explorer.parts import Phase, PrefillEngine, RouterRequest
+from tests.transfer.explorer.world import ROUTER, World
 
 LIMIT = 5000  # steps of one continuation: far more than any that ends
 PROBE = 90  # attempt number of a probe
@@ -98,21 +100,20 @@ def check_quiet(world: World) -> None:
 
 def check_told(world: World) -> None:
     """An end at one side is known at the other as long as their connection lives."""
-    config = world.model.config
-    for prefill in range(config.prefills):
-        for decode in range(config.decodes):
-            state = world.state(config.prefills + decode)
-            for epoch in world.pair(prefill, decode).epochs:
-                whole = epoch.prefill is Side.UP and epoch.decode is Side.UP
-                name = epoch_name(world.model, prefill, decode, epoch.number)
-                if whole and state.link(world.model.names[prefill]).epoch == name:
-                    for lease in state.leases_of(world.model.names[prefill]):
-                        over = lease.key in world.state(prefill).ended
-                        ended = lease.phase is LeasePhase.DRAINING
-                        require(ended or not over, f"I2: decode was not told that {lease.key} is over at prefill")
-                    for attempt in world.state(prefill).attempts_of(world.model.names[config.prefills + decode]):
-                        over = attempt.key in state.ended
-                        require(not over, f"I2: prefill was not told that {attempt.key} is over at decode")
+    config, model = world.model.config, world.model
+    for prefill, decode in product(range(config.prefills), range(config.decodes)):
+        at_prefill, at_decode = world.state(prefill), world.state(config.prefills + decode)
+        here, there = model.names[prefill], model.names[config.prefills + decode]
+        epoch = at_prefill.link(there).epoch
+        if epoch is None or epoch != at_decode.link(here).epoch:
+            continue
+        for lease in at_decode.leases_of(here):
+            over = lease.key in at_prefill.ended and lease.phase is not LeasePhase.DRAINING
+            require(not over, f"I2: decode was not told that {lease.key} is over at prefill")
+        for attempt in at_prefill.attempts_of(there):
+            require(
+                attempt.key not in at_decode.ended, f"I2: prefill was not told that {attempt.key} is over at decode"
+            )
 
 
 def check_clean(world: World, when: str) -> None:

@@ -6,14 +6,7 @@ from typing import Any
 
 from kv_transfer import events as ev
 from tests.transfer.explorer import router
-from tests.transfer.explorer.link_steps import (
-    decode_gone,
-    decode_loses,
-    epoch_of,
-    prefill_gone,
-    prefill_loses,
-    unpacked,
-)
+from tests.transfer.explorer.link_steps import epoch_of, unpacked, vanish
 from tests.transfer.explorer.parts import Phase, PrefillEngine
 from tests.transfer.explorer.perform import feed
 from tests.transfer.explorer.worker_steps import put_work
@@ -43,29 +36,24 @@ def crash(world: World, worker: int) -> None:
     fresh = model.fresh_engine(worker, engine.incarnation + 1)
     world.set_engine(worker, fresh)
     router.on_crash(world, worker)
-    for prefill in range(model.config.prefills):
-        for decode in range(model.config.decodes):
-            for epoch in world.pair(prefill, decode).epochs:
-                if worker == prefill:
-                    world.set_epoch(prefill, decode, prefill_gone(epoch))
-                elif worker == model.config.prefills + decode:
-                    world.set_epoch(prefill, decode, decode_gone(epoch))
+    for slot in model.halves_of(worker):
+        for epoch in world.half(slot).epochs:
+            if epoch.side:
+                vanish(world, slot, epoch)
 
 
 def messages(world: World, channel: str, where: tuple[int, ...]) -> tuple[Any, ...]:
     if channel == "inbox":
         return world.values[world.model.inbox_slot(*where)]  # type: ignore[no-any-return]
-    return getattr(epoch_of(world, *where)[0], channel)  # type: ignore[no-any-return]
+    return epoch_of(world, *where)[1].inbound  # type: ignore[no-any-return]
 
 
-def put_messages(world: World, channel: str, where: tuple[int, ...], messages: tuple[Any, ...]) -> None:
+def put_messages(world: World, channel: str, where: tuple[int, ...], held: tuple[Any, ...]) -> None:
     if channel == "inbox":
-        world.values[world.model.inbox_slot(*where)] = messages
+        world.values[world.model.inbox_slot(*where)] = held
         return
-    epoch = epoch_of(world, *where)[0]
-    to_decode = channel == "to_decode"
-    changed = epoch._replace(to_decode=messages) if to_decode else epoch._replace(to_prefill=messages)
-    world.set_epoch(where[0], where[1], changed)
+    slot, epoch, _, _ = epoch_of(world, *where)
+    world.set_epoch(slot, epoch._replace(inbound=held))
 
 
 def lose(world: World, channel: str, *where: int) -> None:
@@ -93,10 +81,5 @@ def cancel(world: World, index: int) -> None:
     router.abandon(world, index, None, Phase.CANCELLED)
 
 
-def corrupt(world: World, p: int, d: int, number: int) -> None:
-    unpacked(world, p, d, number, False)
-
-
-def suspect(world: World, p: int, d: int, number: int, by_prefill: bool) -> None:
-    """One side takes the other for dead while it acts on."""
-    (prefill_loses if by_prefill else decode_loses)(world, p, d, number)
+def corrupt(world: World, worker: int, p: int, d: int, number: int) -> None:
+    unpacked(world, worker, p, d, number, False)

@@ -2,70 +2,67 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kv_transfer import events as ev
-from tests.transfer.explorer.parts import DecodeEngine, Epoch, SendJob, Side, Tag
+from tests.transfer.explorer.parts import (
+    DecodeEngine,
+    DecodeEpoch,
+    DecodeHalf,
+    Epoch,
+    PrefillEpoch,
+    PrefillHalf,
+    SendJob,
+    Side,
+    Tag,
+)
 from tests.transfer.explorer.perform import feed
 from tests.transfer.explorer.world import World, epoch_name
 
 
-def prefill_gone(epoch: Epoch) -> Epoch:
-    return epoch._replace(prefill=Side.GONE, to_prefill=(), packs=(), packed=(), sends=(), next_send=0)
-
-
-def decode_gone(epoch: Epoch) -> Epoch:
-    return epoch._replace(decode=Side.GONE, to_decode=(), recvs=(), unpacks=(), next_recv=0)
-
-
-def epoch_of(world: World, prefill: int, decode: int, number: int) -> tuple[Epoch, int, int, str, str, str]:
-    """The epoch, the two worker numbers, their names and the epoch's name."""
+def epoch_of(world: World, worker: int, prefill: int, decode: int, number: int) -> tuple[int, Any, str, str]:
+    """A worker's half of a pair: its slot, the epoch, the peer's name and the epoch's name."""
     model = world.model
-    other = model.config.prefills + decode
-    epoch = next(epoch for epoch in world.pair(prefill, decode).epochs if epoch.number == number)
-    name = epoch_name(model, prefill, decode, number)
-    return epoch, prefill, other, model.names[prefill], model.names[other], name
+    slot = model.half_slot(worker, prefill, decode)
+    epoch = next(epoch for epoch in world.half(slot).epochs if epoch.number == number)
+    peer = model.config.prefills + decode if model.is_prefill(worker) else prefill
+    return slot, epoch, model.names[peer], epoch_name(model, prefill, decode, number)
 
 
-def to_prefill(world: World, p: int, d: int, number: int) -> None:
-    epoch, worker, _, _, peer, name = epoch_of(world, p, d, number)
-    world.set_epoch(p, d, epoch._replace(to_prefill=epoch.to_prefill[1:]))
-    feed(world, worker, ev.FromDecode(peer, name, epoch.to_prefill[0]))
+def deliver(world: World, worker: int, p: int, d: int, number: int) -> None:
+    slot, epoch, peer, name = epoch_of(world, worker, p, d, number)
+    world.set_epoch(slot, epoch._replace(inbound=epoch.inbound[1:]))
+    kind = ev.FromDecode if world.model.is_prefill(worker) else ev.FromPrefill
+    feed(world, worker, kind(peer, name, epoch.inbound[0]))
 
 
-def to_decode(world: World, p: int, d: int, number: int) -> None:
-    epoch, _, worker, peer, _, name = epoch_of(world, p, d, number)
-    world.set_epoch(p, d, epoch._replace(to_decode=epoch.to_decode[1:]))
-    feed(world, worker, ev.FromPrefill(peer, name, epoch.to_decode[0]))
-
-
-def packed(world: World, p: int, d: int, number: int) -> None:
+def packed(world: World, worker: int, p: int, d: int, number: int) -> None:
     """The pack reads the attempt's blocks: `release_prefill` has made sure that they are still held."""
-    epoch, worker, _, _, peer, name = epoch_of(world, p, d, number)
+    slot, epoch, peer, name = epoch_of(world, worker, p, d, number)
     job, *rest = epoch.packs
     done = SendJob(job.seq, job.slot, Tag(job.key.request_id, job.lease, job.segment))
-    world.set_epoch(p, d, epoch._replace(packs=tuple(rest), packed=(*epoch.packed, done)))
+    world.set_epoch(slot, epoch._replace(packs=tuple(rest), packed=(*epoch.packed, done)))
     feed(world, worker, ev.Packed(peer, name, job.seq, ()))
 
 
-def sent(world: World, p: int, d: int, number: int) -> None:
-    epoch, worker, _, _, peer, name = epoch_of(world, p, d, number)
-    world.set_epoch(p, d, epoch._replace(sends=epoch.sends[1:]))
+def sent(world: World, worker: int, p: int, d: int, number: int) -> None:
+    slot, epoch, peer, name = epoch_of(world, worker, p, d, number)
+    world.set_epoch(slot, epoch._replace(sends=epoch.sends[1:]))
     feed(world, worker, ev.SendDone(peer, name, epoch.sends[0].seq))
 
 
-def received(world: World, p: int, d: int, number: int) -> None:
-    epoch, _, worker, peer, _, name = epoch_of(world, p, d, number)
+def received(world: World, worker: int, p: int, d: int, number: int) -> None:
+    slot, epoch, peer, name = epoch_of(world, worker, p, d, number)
     world.landed = epoch.recvs[0]
-    world.set_epoch(p, d, epoch._replace(recvs=epoch.recvs[1:]))
+    world.set_epoch(slot, epoch._replace(recvs=epoch.recvs[1:]))
     feed(world, worker, ev.Received(peer, name, epoch.recvs[0].seq))
     world.landed = None
-    if not world.model.config.fine and epoch.prefill is Side.UP:
-        sent(world, p, d, number)
 
 
-def unpacked(world: World, p: int, d: int, number: int, intact: bool = True) -> None:
-    epoch, _, worker, peer, _, name = epoch_of(world, p, d, number)
+def unpacked(world: World, worker: int, p: int, d: int, number: int, intact: bool = True) -> None:
+    slot, epoch, peer, name = epoch_of(world, worker, p, d, number)
     job, *rest = epoch.unpacks
-    world.set_epoch(p, d, epoch._replace(unpacks=tuple(rest)))
+    world.set_epoch(slot, epoch._replace(unpacks=tuple(rest)))
     ok = intact and (job.tag.lease, job.tag.segment) == (job.lease, job.segment)
     if ok:
         engine: DecodeEngine = world.engine(worker)
@@ -75,34 +72,34 @@ def unpacked(world: World, p: int, d: int, number: int, intact: bool = True) -> 
     feed(world, worker, ev.Unpacked(peer, name, job.seq, ok))
 
 
-def prefill_loses(world: World, p: int, d: int, number: int) -> None:
-    _, worker, _, _, peer, name = epoch_of(world, p, d, number)
+def notices(world: World, worker: int, p: int, d: int, number: int) -> None:
+    _, _, peer, name = epoch_of(world, worker, p, d, number)
     feed(world, worker, ev.PeerLost(peer, name, ""))
 
 
-def decode_loses(world: World, p: int, d: int, number: int) -> None:
-    _, _, worker, peer, _, name = epoch_of(world, p, d, number)
-    feed(world, worker, ev.PeerLost(peer, name, ""))
-
-
-def prefill_destroyed(world: World, p: int, d: int, number: int) -> None:
-    epoch, worker, _, _, peer, name = epoch_of(world, p, d, number)
-    world.set_epoch(p, d, prefill_gone(epoch))
+def destroyed(world: World, worker: int, p: int, d: int, number: int) -> None:
+    slot, epoch, peer, name = epoch_of(world, worker, p, d, number)
+    vanish(world, slot, epoch)
     feed(world, worker, ev.EpochDestroyed(peer, name))
 
 
-def decode_destroyed(world: World, p: int, d: int, number: int) -> None:
-    epoch, _, worker, peer, _, name = epoch_of(world, p, d, number)
-    world.set_epoch(p, d, decode_gone(epoch))
-    feed(world, worker, ev.EpochDestroyed(peer, name))
+def vanish(world: World, slot: int, epoch: Epoch) -> None:
+    """This side of the epoch is gone, with all that was in flight at it."""
+    if isinstance(epoch, PrefillEpoch):
+        world.set_epoch(slot, PrefillEpoch(epoch.number, Side.GONE, epoch.peer))
+    else:
+        world.set_epoch(slot, DecodeEpoch(epoch.number, Side.GONE, epoch.peer))
+    world.tell_peer(slot, "peer", epoch.number, Side.GONE)
 
 
 def connect(world: World, p: int, d: int) -> None:
     """Prefill dials. Decode may still hold the epoch before."""
     model = world.model
-    pair = world.pair(p, d)
-    number = pair.made + 1
-    world.values[model.pair_slot(p, d)] = pair._replace(made=number, epochs=(*pair.epochs, Epoch(number)))
+    slot = model.pair_slot(p, d)
+    prefill, decode = world.half(slot), world.half(slot + 1)
+    number = prefill.made + 1
+    world.values[slot] = PrefillHalf(number, (*prefill.epochs, PrefillEpoch(number)))
+    world.values[slot + 1] = DecodeHalf((*decode.epochs, DecodeEpoch(number)))
     name, other = epoch_name(model, p, d, number), model.config.prefills + d
     feed(world, other, ev.PeerConnected(model.names[p], name, model.config.window))
     feed(world, p, ev.PeerConnected(model.names[other], name, model.config.window))

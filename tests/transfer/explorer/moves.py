@@ -11,13 +11,26 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from kv_transfer.events import AttemptKey
-from tests.transfer.explorer import router
+from tests.transfer.explorer import halves, router
 from tests.transfer.explorer.checks import check_deadlines, require
-from tests.transfer.explorer.parts import Budget, DecodeEngine, Epoch, Pair, Phase, PrefillEngine, Router, Side
+from tests.transfer.explorer.parts import (
+    Budget,
+    DecodeEngine,
+    DecodeEpoch,
+    Epoch,
+    Half,
+    Phase,
+    PrefillEngine,
+    PrefillEpoch,
+    PrefillHalf,
+    Router,
+    Side,
+)
 from tests.transfer.explorer.steps import Step, carry_out
 from tests.transfer.explorer.world import BUDGET, ENGINE, PROTO, ROUTER, TO_DECODE, TO_PREFILL, Model
 
 Key = tuple[int, ...]
+Calls = tuple[tuple[Any, ...], ...]
 SEVERAL = -1
 
 
@@ -31,8 +44,8 @@ class Moves:
     def __init__(self, model: Model) -> None:
         self.model = model
         self._options: dict[tuple[int, int, int], tuple[list[Move], list[Move]]] = {}
-        self._effects: dict[tuple[Step, Key], tuple[Key, tuple[Any, ...]]] = {}
-        self._heard: dict[tuple[tuple[Any, ...], Key], Key] = {}
+        self._effects: dict[tuple[Step, Key], tuple[Key, Calls, bool]] = {}
+        self._heard: dict[tuple[tuple[Any, ...], Key], tuple[Key, Calls]] = {}
 
     # ---- what can happen
 
@@ -65,8 +78,7 @@ class Moves:
         elif slot >= model.first_inbox:
             yield from self._of_inbox(*divmod(slot - model.first_inbox, 2), value)
         elif slot >= model.first_pair:
-            prefill, decode = divmod(slot - model.first_pair, model.config.decodes)
-            yield from self._of_pair(prefill, decode, value, max_epochs)
+            yield from self._of_half(slot, value, max_epochs)
         else:
             worker, part = divmod(slot - 2, 2)
             yield from self._of_protocol(worker, value) if part == PROTO else self._of_engine(worker, value)
@@ -86,19 +98,19 @@ class Moves:
         cluster, slot = self._cluster(request), self.model.inbox_slot(request, role)
         worker = spec.prefill if role == TO_PREFILL else self.model.config.prefills + spec.decode
         if commands:
-            yield Move(("command", request, role), (slot, *self._local(worker), cluster), cluster)
+            yield Move(("command", request, role), (slot, *self._local(worker), cluster + role), cluster)
         for step in channel_faults("inbox", (request, role), commands):
             yield Move(step, (slot, BUDGET), cluster)
 
     def _of_protocol(self, worker: int, state: Any) -> Iterator[Move]:
-        around = (*self._local(worker), BUDGET, *self.model.pairs_of(worker))
+        around = (*self._local(worker), BUDGET, *self.model.halves_of(worker))
         if state.next_deadline() is not None:
             yield Move(("tick", worker), around, SEVERAL)
         inboxes = range(self.model.first_inbox, self.model.size)
         yield Move(("crash", worker), (*around, ROUTER, *inboxes), SEVERAL)
 
     def _of_engine(self, worker: int, engine: PrefillEngine | DecodeEngine) -> Iterator[Move]:
-        local = self._local(worker)
+        local, half = self._local(worker), 0 if self.model.is_prefill(worker) else 1
         if isinstance(engine, PrefillEngine):
             for work in engine.work:
                 cluster = self._cluster_of(work.key)
@@ -108,29 +120,25 @@ class Moves:
                     yield Move(("refuse", worker, work.key), (*local, cluster, BUDGET), cluster)
             return
         for key, _ in engine.replies:
-            yield Move(("reply", worker, key), (*local, self._cluster_of(key)), self._cluster_of(key))
+            yield Move(("reply", worker, key), (*local, self._cluster_of(key) + half), self._cluster_of(key))
         for running in engine.running:
             yield Move(("decode", worker, running), local, self._cluster_of(running.key))
 
-    def _of_pair(self, prefill: int, decode: int, pair: Pair, max_epochs: int) -> Iterator[Move]:
-        slot = self.model.pair_slot(prefill, decode)
-        at_prefill = (*self._local(prefill), slot, BUDGET)
-        at_decode = (*self._local(self.model.config.prefills + decode), slot, BUDGET)
-        both = (*at_prefill, *at_decode[:2])
-        for epoch in pair.epochs:
-            where = (prefill, decode, epoch.number)
-            for name in prefill_side(epoch, self.model.config.fine):
-                yield Move((name, *where), at_prefill, slot)
-            for name in decode_side(epoch):
-                yield Move((name, *where), both if name == "received" else at_decode, slot)
-            for channel, messages in (("to_prefill", epoch.to_prefill), ("to_decode", epoch.to_decode)):
-                for step in channel_faults(channel, where, messages):
-                    yield Move(step, (slot, BUDGET), slot)
-            if epoch.prefill is Side.UP and epoch.decode is Side.UP:
-                yield Move(("suspect", *where, True), at_prefill, slot)
-                yield Move(("suspect", *where, False), at_decode, slot)
-        if pair.made < max_epochs and all(epoch.prefill is not Side.UP for epoch in pair.epochs):
-            yield Move(("connect", prefill, decode), both, slot)
+    def _of_half(self, slot: int, half: Half, max_epochs: int) -> Iterator[Move]:
+        """`cluster` is the slot of prefill's half, which stands for the pair."""
+        index, role = divmod(slot - self.model.first_pair, 2)
+        prefill, decode = divmod(index, self.model.config.decodes)
+        worker, cluster = (self.model.config.prefills + decode, slot - 1) if role else (prefill, slot)
+        around = (*self._local(worker), slot)
+        for epoch in half.epochs:
+            where = (worker, prefill, decode, epoch.number)
+            for name in possible(epoch):
+                yield Move((name, *where), (*around, BUDGET) if name in FAULTS else around, cluster)
+            for step in channel_faults("link", where, epoch.inbound):
+                yield Move(step, (slot, BUDGET), cluster)
+        if isinstance(half, PrefillHalf) and half.made < max_epochs and not any(e.side is Side.UP for e in half.epochs):
+            both = (*around, *self._local(self.model.config.prefills + decode), slot + 1)
+            yield Move(("connect", prefill, decode), both, cluster)
 
     def _local(self, worker: int) -> tuple[int, int]:
         return self.model.slot(worker, PROTO), self.model.slot(worker, ENGINE)
@@ -149,76 +157,87 @@ class Moves:
 
     def take(self, key: Key, move: Move) -> Key:
         """The key after a move. Raises Violation."""
+        after, calls, _ = self._effect(key, move)
+        result = list(key)
+        for slot, number in zip(move.footprint, after, strict=True):
+            result[slot] = number
+        while calls:
+            calls = self._hear(result, calls[0]) + calls[1:]
+        return tuple(result)
+
+    def is_idle(self, key: Key, move: Move) -> bool:
+        """Whether the protocol neither changes nor asks for anything at this move."""
+        return self._effect(key, move)[2]
+
+    def _effect(self, key: Key, move: Move) -> tuple[Key, Calls, bool]:
+        """What the footprint becomes, what others are told, whether the protocol stays idle."""
         before = tuple([key[slot] for slot in move.footprint])
         effect = self._effects.get((move.step, before))
         if effect is None:
             effect = self._effects[(move.step, before)] = self._carry_out(key, move)
-        after, calls = effect
-        result = list(key)
-        for slot, number in zip(move.footprint, after, strict=True):
-            result[slot] = number
-        return self._hear(result, calls) if calls else tuple(result)
+        return effect
 
-    def _carry_out(self, key: Key, move: Move) -> tuple[Key, tuple[Any, ...]]:
+    def _carry_out(self, key: Key, move: Move) -> tuple[Key, Calls, bool]:
         world = self.model.world(key)
         carry_out(world, move.step)
-        calls, world.calls = tuple(world.calls), []
         check_deadlines(world)
         after = world.key()
-        changed = [slot for slot, number in enumerate(after) if number != key[slot]]
-        require(set(changed) <= set(move.footprint), f"{move.step[0]} reaches beyond its pair: slots {changed}")
-        return tuple([after[slot] for slot in move.footprint]), calls
+        changed = {slot for slot, number in enumerate(after) if number != key[slot]}
+        require(changed <= set(move.footprint), f"{move.step[0]} reaches beyond its pair: slots {changed}")
+        return tuple([after[slot] for slot in move.footprint]), tuple(world.calls), world.idle
 
-    def _hear(self, key: list[int], calls: tuple[Any, ...]) -> Key:
-        """The router takes what a step told it."""
-        asked = {call[2] if call[0] == "failed" else call[1] for call in calls}
-        indices = sorted({self.model.request_index[attempt.request_id] for attempt in asked})
-        footprint = [ROUTER, *(slot for index in indices for slot in self._inboxes(index))]
+    def _hear(self, key: list[int], call: tuple[Any, ...]) -> Calls:
+        """Carry out one call of a step. Changes `key`, returns what it calls in turn."""
+        footprint = self._reach(call)
         before = tuple([key[slot] for slot in footprint])
-        after = self._heard.get((calls, before))
-        if after is None:
-            world = self.model.world(tuple(key))
-            world.calls = list(calls)
-            router.hear(world)
-            heard = world.key()
-            after = self._heard[(calls, before)] = tuple([heard[slot] for slot in footprint])
-        for slot, number in zip(footprint, after, strict=True):
+        heard = self._heard.get((call, before))
+        if heard is None:
+            heard = self._heard[(call, before)] = self._carry_out_call(tuple(key), call, footprint)
+        for slot, number in zip(footprint, heard[0], strict=True):
             key[slot] = number
-        return tuple(key)
+        return heard[1]
+
+    def _reach(self, call: tuple[Any, ...]) -> tuple[int, ...]:
+        if call[0] == "half":
+            return (call[1],)
+        return (ROUTER, *self._inboxes(self.model.request_index[call[2].request_id]))
+
+    def _carry_out_call(self, key: Key, call: tuple[Any, ...], footprint: tuple[int, ...]) -> tuple[Key, Calls]:
+        world = self.model.world(key)
+        kind, *details = call
+        (halves.receive if kind == "half" else router.hear)(world, *details)
+        after = world.key()
+        return tuple([after[slot] for slot in footprint]), tuple(world.calls)
 
 
 FAULTS = frozenset({"tick", "crash", "suspect", "corrupt", "refuse", "cancel", "lose", "dup", "swap"})
 
 
-def prefill_side(epoch: Epoch, fine: bool) -> Iterator[str]:
-    if epoch.prefill is Side.CLOSING:
-        yield "prefill_destroyed"
-    if epoch.prefill is not Side.UP:
+def possible(epoch: Epoch) -> Iterator[str]:
+    """Steps at one side of a connection."""
+    if epoch.side is Side.CLOSING:
+        yield "destroyed"
+    if epoch.side is not Side.UP:
         return
-    if epoch.to_prefill:
-        yield "to_prefill"
+    if epoch.inbound:
+        yield "deliver"
+    yield from _sending(epoch) if isinstance(epoch, PrefillEpoch) else _receiving(epoch)
+    yield "notices" if epoch.peer is not Side.UP else "suspect"
+
+
+def _sending(epoch: PrefillEpoch) -> Iterator[str]:
     if epoch.packs:
         yield "packed"
-    if fine and epoch.sends and epoch.sends[0].moved:
+    if epoch.sends and epoch.sends[0].moved:
         yield "sent"
-    if epoch.decode is not Side.UP:
-        yield "prefill_notices"
 
 
-def decode_side(epoch: Epoch) -> Iterator[str]:
-    if epoch.decode is Side.CLOSING:
-        yield "decode_destroyed"
-    if epoch.decode is not Side.UP:
-        return
-    if epoch.to_decode:
-        yield "to_decode"
+def _receiving(epoch: DecodeEpoch) -> Iterator[str]:
     if epoch.recvs and epoch.recvs[0].tag is not None:
         yield "received"
     if epoch.unpacks:
         yield "unpacked"
         yield "corrupt"
-    if epoch.prefill is not Side.UP:
-        yield "decode_notices"
 
 
 def channel_faults(channel: str, where: tuple[int, ...], messages: tuple[Any, ...]) -> Iterator[Step]:

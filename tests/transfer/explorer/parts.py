@@ -178,25 +178,42 @@ class UnpackJob(NamedTuple):
     tag: Tag
 
 
-class Epoch(NamedTuple):
-    """One connection. `packed` are send slots that wait for their StartSend."""
+class PrefillEpoch(NamedTuple):
+    """Prefill's side of one connection. `peer`: how the other side stands. `packed`: slots that wait for StartSend."""
 
     number: int
-    prefill: Side = Side.UP
-    decode: Side = Side.UP
-    to_decode: tuple[PrefillMessage, ...] = ()
-    to_prefill: tuple[DecodeMessage, ...] = ()
+    side: Side = Side.UP
+    peer: Side = Side.UP
+    inbound: tuple[DecodeMessage, ...] = ()
     packs: tuple[PackJob, ...] = ()
     packed: tuple[SendJob, ...] = ()
     sends: tuple[SendJob, ...] = ()
+    next_send: int = 0
+
+
+class DecodeEpoch(NamedTuple):
+    """Decode's side of one connection. `offers`: bytes of launched sends that no receive has met yet."""
+
+    number: int
+    side: Side = Side.UP
+    peer: Side = Side.UP
+    inbound: tuple[PrefillMessage, ...] = ()
+    offers: tuple[Tag, ...] = ()
     recvs: tuple[RecvJob, ...] = ()
     unpacks: tuple[UnpackJob, ...] = ()
-    next_send: int = 0
     next_recv: int = 0
 
 
-class Pair(NamedTuple):
-    """All connections of one pair that either side still knows. `made`: how many there were."""
+class PrefillHalf(NamedTuple):
+    """All connections of a pair that prefill's side knows. `made`: how many there were."""
 
     made: int
-    epochs: tuple[Epoch, ...]
+    epochs: tuple[PrefillEpoch, ...]
+
+
+class DecodeHalf(NamedTuple):
+    epochs: tuple[DecodeEpoch, ...]
+
+
+Epoch = PrefillEpoch | DecodeEpoch
+Half = PrefillHalf | DecodeHalf

@@ -7,10 +7,10 @@ from typing import Any
 
 from kv_transfer import events as ev
 from kv_transfer.messages import Committed, LeaseKey
+from tests.transfer.explorer import halves
 from tests.transfer.explorer.parts import (
     Content,
     DecodeEngine,
-    Epoch,
     PackJob,
     PrefillEngine,
     PrefillWork,
@@ -27,54 +27,47 @@ from tests.transfer.explorer.world import PROTO, World, epoch_name
 def feed(world: World, worker: int, event: ev.PrefillEvent | ev.DecodeEvent) -> None:
     """One protocol step at a worker, and all that it asks for."""
     slot = world.model.slot(worker, PROTO)
-    world.values[slot], actions = world.model.step(worker, world.values[slot], event)
+    before = world.values[slot]
+    world.values[slot], actions = world.model.step(worker, before, event)
+    world.idle = world.idle and not actions and world.values[slot] == before
     for action in actions:
         PERFORM[type(action)](world, worker, action)
 
 
-def locate(world: World, worker: int, peer: str, epoch: str) -> tuple[int, int, Epoch | None]:
-    """The pair, and the epoch if this worker's side of it still exists."""
+def locate(world: World, worker: int, action: Any) -> tuple[int, Any]:
+    """The worker's half of the pair, and the epoch if this side of it still exists."""
     model = world.model
-    mine, other = worker, model.workers[peer]
-    prefill, decode = (mine, other) if model.is_prefill(worker) else (other, mine)
+    other = model.workers[action.peer]
+    prefill, decode = (worker, other) if model.is_prefill(worker) else (other, worker)
     decode -= model.config.prefills
-    for candidate in world.pair(prefill, decode).epochs:
-        if epoch_name(model, prefill, decode, candidate.number) == epoch:
-            side = candidate.prefill if model.is_prefill(worker) else candidate.decode
-            return prefill, decode, candidate if side else None
-    return prefill, decode, None
+    slot = model.half_slot(worker, prefill, decode)
+    for candidate in world.half(slot).epochs:
+        if candidate.side and epoch_name(model, prefill, decode, candidate.number) == action.epoch:
+            return slot, candidate
+    return slot, None
 
 
-def must_locate(world: World, worker: int, action: Any) -> tuple[int, int, Epoch]:
-    prefill, decode, epoch = locate(world, worker, action.peer, action.epoch)
+def must_locate(world: World, worker: int, action: Any) -> tuple[int, Any]:
+    slot, epoch = locate(world, worker, action)
     if epoch is None:
         raise Violation(f"I1: {type(action).__name__} names epoch {action.epoch}, which is destroyed")
-    return prefill, decode, epoch
+    return slot, epoch
 
 
-def send_message(world: World, worker: int, action: Any) -> None:
-    prefill, decode, epoch = locate(world, worker, action.peer, action.epoch)
+def send_message(world: World, worker: int, action: ev.SendMessage) -> None:
+    slot, epoch = locate(world, worker, action)
     if isinstance(action.message, Committed) and action.message.lease not in world.engine(worker).admitted:
         raise Violation(f"I5: {action.message.lease} is acknowledged without having been admitted")
-    if epoch is None or epoch.prefill is not Side.UP or epoch.decode is not Side.UP:
-        return
-    if world.model.is_prefill(worker):
-        epoch = epoch._replace(to_decode=(*epoch.to_decode, action.message))
-    else:
-        epoch = epoch._replace(to_prefill=(*epoch.to_prefill, action.message))
-    world.set_epoch(prefill, decode, epoch)
+    if epoch is not None and epoch.side is Side.UP:
+        world.tell_peer(slot, "message", epoch.number, action.message)
 
 
 def destroy_epoch(world: World, worker: int, action: ev.DestroyEpoch) -> None:
-    prefill, decode, epoch = must_locate(world, worker, action)
-    side = epoch.prefill if world.model.is_prefill(worker) else epoch.decode
-    if side is not Side.UP:
+    slot, epoch = must_locate(world, worker, action)
+    if epoch.side is not Side.UP:
         raise Violation(f"epoch {action.epoch} is destroyed twice")
-    if world.model.is_prefill(worker):
-        epoch = epoch._replace(prefill=Side.CLOSING, to_prefill=())
-    else:
-        epoch = epoch._replace(decode=Side.CLOSING, to_decode=())
-    world.set_epoch(prefill, decode, epoch)
+    world.set_epoch(slot, epoch._replace(side=Side.CLOSING, inbound=()))
+    world.tell_peer(slot, "peer", epoch.number, Side.CLOSING)
 
 
 def report_failed(world: World, worker: int, action: ev.ReportFailed | ev.ReportRefused) -> None:
@@ -84,7 +77,7 @@ def report_failed(world: World, worker: int, action: ev.ReportFailed | ev.Report
     if isinstance(engine, PrefillEngine) and action.key in engine.released:
         raise Violation(f"I2: {action.key} is reported failed after its end")
     world.set_engine(worker, engine._replace(reported=tuple(sorted((*engine.reported, action.key)))))
-    world.calls.append(("failed", worker, action.key))
+    world.tell_router("failed", action.key, worker)
 
 
 # ---- prefill
@@ -109,46 +102,36 @@ def release_prefill(world: World, worker: int, action: ev.ReleasePrefill) -> Non
     held = next((work for work in engine.work if work.key == action.key), None)
     if held is None:
         raise Violation(f"I4: blocks of {action.key} are released twice")
-    for epoch in world.pair(worker, world.model.spec(action.key).decode).epochs:
+    spec = world.model.spec(action.key)
+    for epoch in world.half(world.model.half_slot(worker, spec.prefill, spec.decode)).epochs:
         if any(job.key == action.key for job in epoch.packs):
             raise Violation(f"I1: blocks of {action.key} are released while a pack reads them")
     if held.computing:
         raise Violation(f"I1: blocks of {action.key} are released while the engine writes them")
-    free = engine.free + (world.model.spec(action.key).num_blocks if held.holds else 0)
+    free = engine.free + (spec.num_blocks if held.holds else 0)
     work = tuple(item for item in engine.work if item is not held)
     released = tuple(sorted((*engine.released, action.key)))
     world.set_engine(worker, engine._replace(free=free, work=work, released=released))
 
 
 def pack(world: World, worker: int, action: ev.Pack) -> None:
-    prefill, decode, epoch = must_locate(world, worker, action)
-    for other in world.pair(prefill, decode).epochs:
+    slot, epoch = must_locate(world, worker, action)
+    for other in world.half(slot).epochs:
         busy = [job.slot for jobs in (other.packs, other.packed, other.sends) for job in jobs]
         if action.slot in busy:
             raise Violation(f"I1: send slot {action.slot} is packed into while it is in use")
     job = PackJob(action.seq, action.slot, action.key, action.lease, action.segment)
-    world.set_epoch(prefill, decode, epoch._replace(packs=(*epoch.packs, job)))
+    world.set_epoch(slot, epoch._replace(packs=(*epoch.packs, job)))
 
 
 def start_send(world: World, worker: int, action: ev.StartSend) -> None:
-    prefill, decode, epoch = must_locate(world, worker, action)
+    slot, epoch = must_locate(world, worker, action)
     job = next((job for job in epoch.packed if job.seq == action.seq and job.slot == action.slot), None)
     if job is None or action.seq != epoch.next_send:
         raise Violation(f"send of {action.seq} from slot {action.slot}, which does not hold the next chunk")
     packed = tuple(other for other in epoch.packed if other is not job)
-    epoch = epoch._replace(packed=packed, sends=(*epoch.sends, job), next_send=action.seq + 1)
-    world.set_epoch(prefill, decode, match(epoch))
-
-
-def match(epoch: Epoch) -> Epoch:
-    """The oldest unmatched send meets the oldest unmatched receive, whatever numbers they bear: NCCL does no better."""
-    send = next((job for job in epoch.sends if not job.moved), None)
-    recv = next((job for job in epoch.recvs if job.tag is None), None)
-    if send is None or recv is None or not epoch.prefill or not epoch.decode:
-        return epoch
-    sends = tuple(job._replace(moved=True) if job is send else job for job in epoch.sends)
-    recvs = tuple(job._replace(tag=send.tag) if job is recv else job for job in epoch.recvs)
-    return match(epoch._replace(sends=sends, recvs=recvs))
+    world.set_epoch(slot, epoch._replace(packed=packed, sends=(*epoch.sends, job), next_send=action.seq + 1))
+    world.tell_peer(slot, "offer", epoch.number, job.tag)
 
 
 # ---- decode
@@ -178,24 +161,24 @@ def reserve_blocks(world: World, worker: int, action: ev.ReserveBlocks) -> None:
 def report_reserved(world: World, worker: int, action: ev.ReportReserved) -> None:
     if action.key in world.engine(worker).reported:
         raise Violation(f"I2: {action.key} is reported reserved after its end")
-    world.calls.append(("reserved", action.key, action.lease, action.first_block))
+    world.tell_router("reserved", action.key, action.lease, action.first_block)
 
 
 def start_recv(world: World, worker: int, action: ev.StartRecv) -> None:
-    prefill, decode, epoch = must_locate(world, worker, action)
-    for other in world.pair(prefill, decode).epochs:
+    slot, epoch = must_locate(world, worker, action)
+    for other in world.half(slot).epochs:
         busy = [job.slot for jobs in (other.recvs, other.unpacks) for job in jobs]
         if action.slot in busy:
             raise Violation(f"I1: receive slot {action.slot} is received into while it is in use")
     if action.seq != epoch.next_recv:
         raise Violation(f"receive of {action.seq} is launched, {epoch.next_recv} is next")
     recvs = (*epoch.recvs, RecvJob(action.seq, action.slot))
-    world.set_epoch(prefill, decode, match(epoch._replace(recvs=recvs, next_recv=action.seq + 1)))
+    halves.match(world, slot, epoch._replace(recvs=recvs, next_recv=action.seq + 1))
 
 
 def unpack(world: World, worker: int, action: ev.Unpack) -> None:
     """What arrived is `world.landed` for as long as the protocol handles Received."""
-    prefill, decode, epoch = must_locate(world, worker, action)
+    slot, epoch = must_locate(world, worker, action)
     arrived = world.landed
     if arrived is None or arrived.tag is None or (arrived.seq, arrived.slot) != (action.seq, action.slot):
         raise Violation(f"unpack of chunk {action.seq} from slot {action.slot}, which has not received it")
@@ -204,7 +187,7 @@ def unpack(world: World, worker: int, action: ev.Unpack) -> None:
     if not 0 <= index < len(lease.blocks):
         raise Violation(f"I1: unpack of {action.segment} outside of its lease")
     job = UnpackJob(action.seq, action.slot, action.lease, action.segment, lease.blocks[index], arrived.tag)
-    world.set_epoch(prefill, decode, epoch._replace(unpacks=(*epoch.unpacks, job)))
+    world.set_epoch(slot, epoch._replace(unpacks=(*epoch.unpacks, job)))
 
 
 def _reserved(world: World, worker: int, name: LeaseKey) -> Reserved:
@@ -256,7 +239,7 @@ def forget(engine: DecodeEngine, blocks: tuple[int, ...]) -> tuple[Content, ...]
 
 def _check_no_unpack(world: World, worker: int, lease: Reserved, what: str) -> None:
     spec = world.model.spec(lease.key)
-    for epoch in world.pair(spec.prefill, spec.decode).epochs:
+    for epoch in world.half(world.model.half_slot(worker, spec.prefill, spec.decode)).epochs:
         if any(job.block in lease.blocks for job in epoch.unpacks):
             raise Violation(f"I1: blocks of {lease.key} are {what} while an unpack writes to them")
 

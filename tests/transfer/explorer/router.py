@@ -7,6 +7,7 @@ long as the search likes. A later word would only delay the commands that answer
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from kv_transfer.events import AttemptKey
 from kv_transfer.messages import LeaseKey
@@ -72,7 +73,7 @@ def on_reserved(world: World, key: AttemptKey, lease: LeaseKey, first_block: int
     command(world, workers_of(world, index)[0], PrefillCommand(key, request.base, lease, first_block))
 
 
-def on_failed(world: World, worker: int, key: AttemptKey) -> None:
+def on_failed(world: World, key: AttemptKey, worker: int) -> None:
     index = _current(world, key)
     if index is not None:
         abandon(world, index, worker, Phase.FAILED)
@@ -121,11 +122,9 @@ def on_crash(world: World, worker: int) -> None:
             world.values[world.model.inbox_slot(index, role)] = ()
 
 
-def hear(world: World) -> None:
-    """Take what the step in hand said to the router."""
-    for name, *what in world.calls:
-        HEARD[name](world, *what)
-    world.calls = []
+def hear(world: World, what: str, *details: Any) -> None:
+    """One word from a worker."""
+    HEARD[what](world, *details)
 
 
 HEARD: dict[str, Callable[..., None]] = {"reserved": on_reserved, "failed": on_failed, "token": on_token}

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from tests.transfer.explorer.config import Config
 from tests.transfer.explorer.endings import Endings
-from tests.transfer.explorer.moves import SEVERAL, Key, Move, Moves
+from tests.transfer.explorer.moves import Key, Move, Moves
 from tests.transfer.explorer.parts import Violation
+from tests.transfer.explorer.reduction import Reduction
 from tests.transfer.explorer.symmetry import canonical, renamings
 from tests.transfer.explorer.trace import readable
 from tests.transfer.explorer.world import Model
@@ -54,6 +55,7 @@ class Search:
         self.parents = array("l")
         self.moves = Moves(self.model)
         self.endings = Endings(self.moves)
+        self.reduction = Reduction(self.moves)
         self.result = Result(config)
 
     def run(self, max_states: int = 50_000_000, max_seconds: float = 3600.0) -> Result:
@@ -97,20 +99,11 @@ class Search:
     def _expand(self, number: int) -> None:
         key = unpack(self.keys[number])
         progress, faults = self.moves.of(key, self.config.epochs)
-        for move in self._enough(progress, faults):
+        for move in self.reduction.enough(key, progress, faults):
             self._take(key, move, number)
         if not progress:
             self.result.quiet += 1
             self.endings.check(key)
-
-    def _enough(self, progress: list[Move], faults: list[Move]) -> list[Move]:
-        """A subset of the moves that reaches everything worth seeing: see README.md on clusters."""
-        if not self.config.clusters or not progress:
-            return progress + faults
-        if any(move.cluster == SEVERAL for move in (*progress, *faults)):
-            return progress + faults
-        cluster = min(move.cluster for move in progress)
-        return [move for move in (*progress, *faults) if move.cluster == cluster]
 
     def _take(self, key: Key, move: Move, number: int) -> None:
         self.result.transitions += 1

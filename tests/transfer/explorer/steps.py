@@ -12,7 +12,7 @@ Step = tuple[Any, ...]
 
 
 def carry_out(world: World, step: Step) -> None:
-    """Change `world` by the step. What it says to the router stays in `world.calls`."""
+    """Change `world` by the step. What it says to the router and to other halves stays in `world.calls`."""
     STEPS[step[0]](world, *step[1:])
 
 
@@ -32,20 +32,17 @@ STEPS: dict[str, Callable[..., None]] = {
     "reply": worker_steps.reply,
     "decode": worker_steps.decode,
     "connect": link_steps.connect,
-    "to_prefill": link_steps.to_prefill,
-    "to_decode": link_steps.to_decode,
+    "deliver": link_steps.deliver,
     "packed": link_steps.packed,
     "sent": link_steps.sent,
     "received": link_steps.received,
     "unpacked": link_steps.unpacked,
-    "prefill_notices": link_steps.prefill_loses,
-    "decode_notices": link_steps.decode_loses,
-    "prefill_destroyed": link_steps.prefill_destroyed,
-    "decode_destroyed": link_steps.decode_destroyed,
+    "notices": link_steps.notices,
+    "destroyed": link_steps.destroyed,
     "time": fault_steps.tick,
     "tick": _spend(fault_steps.tick),
     "crash": _spend(fault_steps.crash),
-    "suspect": _spend(fault_steps.suspect),
+    "suspect": _spend(link_steps.notices),
     "corrupt": _spend(fault_steps.corrupt),
     "refuse": _spend(fault_steps.refuse),
     "cancel": _spend(fault_steps.cancel),

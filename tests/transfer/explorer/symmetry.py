@@ -36,7 +36,10 @@ class Renaming:
                 self.source[model.inbox_slot(new, role)] = model.inbox_slot(old, role)
         for prefill, new_prefill in enumerate(prefills):
             for decode, new_decode in enumerate(decodes):
-                self.source[model.pair_slot(new_prefill, new_decode)] = model.pair_slot(prefill, decode)
+                for role in range(2):
+                    self.source[model.pair_slot(new_prefill, new_decode) + role] = (
+                        model.pair_slot(prefill, decode) + role
+                    )
                 for number in range(1, MAX_EPOCH):
                     old_name = epoch_name(model, prefill, decode, number)
                     self.names[old_name] = epoch_name(model, new_prefill, new_decode, number)

@@ -67,21 +67,19 @@ def _where(model: Model, key: Key, name: str, rest: list[Any]) -> str:
     if name in ("lose", "dup", "swap"):
         if rest[0] == "inbox":
             return f"{name} in the inbox of r{rest[1]}'s {'decode' if rest[2] else 'prefill'} worker"
-        return f"{name} in {rest[0]} of {epoch_name(model, *rest[1:4])}"
+        return f"{name} on {epoch_name(model, *rest[2:5])} to {model.names[rest[1]]}"
     if name == "connect":
         return f"{model.names[rest[0]]} connects to {model.names[model.config.prefills + rest[1]]}"
-    if len(rest) >= 3:
-        by = {True: " by prefill", False: " by decode"}[rest[3]] if name == "suspect" else ""
-        return f"{epoch_name(model, *rest[:3])}: {name}{by}{_message(model, key, name, rest)}"
+    if len(rest) == 4:
+        return f"{model.names[rest[0]]}: {name} on {epoch_name(model, *rest[1:])}{_message(model, key, name, rest)}"
     return f"{model.names[rest[0]]}: {name} {' '.join(_plain(item) for item in rest[1:])}".rstrip()
 
 
 def _message(model: Model, key: Key, name: str, rest: list[Any]) -> str:
-    if name not in ("to_prefill", "to_decode"):
+    if name != "deliver":
         return ""
-    pair = model.values[key[model.pair_slot(rest[0], rest[1])]]
-    epoch = next(epoch for epoch in pair.epochs if epoch.number == rest[2])
-    return f" {getattr(epoch, name)[0]}"
+    half = model.values[key[model.half_slot(*rest[:3])]]
+    return f" {next(epoch for epoch in half.epochs if epoch.number == rest[3]).inbound[0]}"
 
 
 def _plain(item: Any) -> str:

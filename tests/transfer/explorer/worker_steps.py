@@ -25,7 +25,8 @@ def command(world: World, request: int, role: int) -> None:
     worker = router.workers_of(world, request)[role]
     command, *rest = world.values[slot]
     world.values[slot] = tuple(rest)
-    deadline = world.state(worker).now + DEADLINE_S
+    apart = len(world.engine(worker).deadlines) if "tick" in world.model.config.kinds else 0  # no two fall due at once
+    deadline = world.state(worker).now + DEADLINE_S + apart
     match command:
         case OpenCommand(key, base):
             world.opening = base
@@ -66,7 +67,7 @@ def free_running(world: World, worker: int, running: Running) -> None:
 
 def decode(world: World, worker: int, running: Running) -> None:
     free_running(world, worker, next(other for other in world.engine(worker).running if other == running))
-    world.calls.append(("token", running.key, running.position))
+    world.tell_router("token", running.key, running.position)
 
 
 def reply(world: World, worker: int, key: ev.AttemptKey) -> None:
@@ -90,7 +91,7 @@ def compute(world: World, worker: int, key: ev.AttemptKey) -> None:
         feed(world, worker, ev.SegmentReady(key, segment_of(spec, work.stage), 1))
         return
     put_work(world, worker, free, work, work._replace(holds=True, computing=False))
-    world.calls.append(("token", key, work.base))
+    world.tell_router("token", key, work.base)
     feed(world, worker, ev.PrefillDone(key, spec.num_blocks, 0, ended=work.base + 1 == spec.tokens))
 
 

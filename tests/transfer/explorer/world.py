@@ -17,9 +17,12 @@ from tests.transfer.explorer.config import STALL_S, Config, RequestSpec
 from tests.transfer.explorer.parts import (
     Budget,
     DecodeEngine,
+    DecodeEpoch,
+    DecodeHalf,
     Epoch,
-    Pair,
     PrefillEngine,
+    PrefillEpoch,
+    PrefillHalf,
     RecvJob,
     Router,
     RouterRequest,
@@ -38,7 +41,7 @@ class Model:
         self.config = config
         self.num_workers = config.prefills + config.decodes
         self.first_pair = FIRST_WORKER + PER_WORKER * self.num_workers
-        self.first_inbox = self.first_pair + config.prefills * config.decodes
+        self.first_inbox = self.first_pair + 2 * config.prefills * config.decodes
         self.size = self.first_inbox + 2 * len(config.requests)
         self.names = [f"P{i}" for i in range(config.prefills)] + [f"D{j}" for j in range(config.decodes)]
         self.workers = {name: number for number, name in enumerate(self.names)}
@@ -53,18 +56,23 @@ class Model:
         return FIRST_WORKER + PER_WORKER * worker + part
 
     def pair_slot(self, prefill: int, decode: int) -> int:
-        return self.first_pair + prefill * self.config.decodes + decode
+        """Slot of prefill's half of a pair; decode's half follows. It also names the pair's cluster."""
+        return self.first_pair + 2 * (prefill * self.config.decodes + decode)
+
+    def half_slot(self, worker: int, prefill: int, decode: int) -> int:
+        """The half of the pair that is at `worker`."""
+        return self.pair_slot(prefill, decode) + (not self.is_prefill(worker))
 
     def inbox_slot(self, request: int, role: int) -> int:
         """Commands about one request on the stream to one of its workers. Requests do not overtake themselves."""
         return self.first_inbox + 2 * request + role
 
-    def pairs_of(self, worker: int) -> tuple[int, ...]:
-        """Slots of all pairs that a worker is part of."""
+    def halves_of(self, worker: int) -> tuple[int, ...]:
+        """Slots of a worker's halves of all its pairs."""
         if self.is_prefill(worker):
             return tuple(self.pair_slot(worker, decode) for decode in range(self.config.decodes))
         decode = worker - self.config.prefills
-        return tuple(self.pair_slot(prefill, decode) for prefill in range(self.config.prefills))
+        return tuple(self.pair_slot(prefill, decode) + 1 for prefill in range(self.config.prefills))
 
     def is_prefill(self, worker: int) -> bool:
         return worker < self.config.prefills
@@ -115,7 +123,8 @@ class Model:
             values[slot] = ()
         for prefill in range(self.config.prefills):
             for decode in range(self.config.decodes):
-                values[self.pair_slot(prefill, decode)] = Pair(1, (Epoch(1),))
+                values[self.pair_slot(prefill, decode)] = PrefillHalf(1, (PrefillEpoch(1),))
+                values[self.pair_slot(prefill, decode) + 1] = DecodeHalf((DecodeEpoch(1),))
                 self._connect(values, prefill, decode)
         return World(self, values)
 
@@ -144,14 +153,15 @@ def epoch_name(model: Model, prefill: int, decode: int, number: int) -> str:
 class World:
     """One state of everything. Actions change it in place; copy it first."""
 
-    __slots__ = ("calls", "landed", "loaded", "loaded_key", "model", "opening", "values")
+    __slots__ = ("calls", "idle", "landed", "loaded", "loaded_key", "model", "opening", "values")
 
     def __init__(self, model: Model, values: list[Any]) -> None:
         self.model = model
         self.values = values
         self.opening = 0  # base of the command in hand
         self.landed: RecvJob | None = None  # the receive whose Received is in hand
-        self.calls: list[tuple[Any, ...]] = []  # what the router is told in this step
+        self.idle = True  # no protocol step of this move has changed or asked for anything
+        self.calls: list[tuple[Any, ...]] = []  # what the router and other halves are told in this step
         self.loaded: list[Any] = [None] * len(values)  # what `loaded_key` numbers, so that only changes are interned
         self.loaded_key: Sequence[int] = ()
 
@@ -186,13 +196,22 @@ class World:
     def set_engine(self, worker: int, engine: PrefillEngine | DecodeEngine) -> None:
         self.values[self.model.slot(worker, ENGINE)] = engine
 
-    def pair(self, prefill: int, decode: int) -> Pair:
-        return self.values[self.model.pair_slot(prefill, decode)]  # type: ignore[no-any-return]
+    def half(self, slot: int) -> Any:
+        return self.values[slot]
 
-    def set_epoch(self, prefill: int, decode: int, epoch: Epoch) -> None:
-        """Put the epoch back; one that neither side knows is forgotten."""
-        pair = self.pair(prefill, decode)
-        kept = tuple(epoch if other.number == epoch.number else other for other in pair.epochs)
-        if not epoch.prefill and not epoch.decode:
-            kept = tuple(other for other in kept if other.number != epoch.number)
-        self.values[self.model.pair_slot(prefill, decode)] = pair._replace(epochs=kept)
+    def set_epoch(self, slot: int, epoch: Epoch) -> None:
+        """Put the epoch back into its half; one that neither side knows is forgotten."""
+        half = self.values[slot]
+        gone = not epoch.side and not epoch.peer
+        kept = [epoch if other.number == epoch.number else other for other in half.epochs]
+        if gone:
+            kept.remove(epoch)
+        self.values[slot] = half._replace(epochs=tuple(kept))
+
+    def tell_router(self, *what: Any) -> None:
+        self.calls.append(("router", *what))
+
+    def tell_peer(self, slot: int, *what: Any) -> None:
+        """Something for the other half of the pair whose half is `slot`."""
+        other = slot + 1 if (slot - self.model.first_pair) % 2 == 0 else slot - 1
+        self.calls.append(("half", other, *what))
