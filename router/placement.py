@@ -59,7 +59,9 @@ class Placement:
         return choice
 
     def _patience_s(self, since: float, now: float) -> float:
-        return max(since + WORKER_WAIT_S - now, 0.0) if self._registry.members else 0.0
+        """A cluster that has had workers gets them back, even if right now it has no member."""
+        expected = self._registry.members or self._registry.has_had_workers
+        return max(since + WORKER_WAIT_S - now, 0.0) if expected else 0.0
 
     def _choose(self, ticket: int, facts: RequestFacts) -> Decision | Wait:
         """The policy's choice; a hand-over does not overtake an older request that waits for room."""

@@ -110,6 +110,11 @@ class Registry:
         attached = roles.count("prefill") >= num_prefill and roles.count("decode") >= num_decode
         return attached and not any(pair.state == CONNECTING for pair in self.pairs.all())
 
+    @property
+    def has_had_workers(self) -> bool:
+        """Some worker has been attached, now or earlier."""
+        return self.max_model_len > 0
+
     def session(self, worker_id: str) -> WorkerSession:
         return self._sessions[worker_id]
 

@@ -450,6 +450,24 @@ async def test_without_any_worker_the_answer_is_503(served: Served) -> None:
     assert response.json()["error"]["type"] == "service_unavailable_error"
 
 
+async def test_a_request_outlives_a_moment_without_members(workers: list[FakeWorker], served: Served) -> None:
+    """The only worker dies, the supervisor takes its address away, and later names the new one."""
+
+    def some_tokens(worker: FakeWorker, frame: wpb.RouterFrame) -> None:
+        if frame.HasField("generate"):
+            emit(worker, frame.generate.key, frame.generate.spec, 0, 3)
+
+    workers.append(FakeWorker("first", script=some_tokens))
+    await served.attach(*workers)
+    answering = ask(served)
+    await workers[0].next_frame("generate")
+    served.router.registry.set_members([])
+    await served.until(lambda: not served.router.registry.sessions)
+    workers.append(FakeWorker("second", script=answer))
+    await served.attach(workers[1])
+    assert token_ids(await answering) == TOKENS
+
+
 # ---- cancel, disconnect, deadlines
 
 
