@@ -76,6 +76,7 @@ def metadata_of(batch: Batch) -> AttentionMetadata:
         num_prefill_tokens=batch.num_prefill_tokens,
         num_prefills=batch.num_prefills,
         num_decodes=batch.num_decodes,
+        fresh_rows=batch.fresh_rows,
     )
 
 
