@@ -170,7 +170,8 @@ def _headers(request: Request, choices: list[Choice]) -> dict[str, str]:
 
 
 def _json(content: dict[str, object]) -> str:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    """ASCII only: clients that split lines as Python does would break at U+0085 or U+2028 inside a text."""
+    return json.dumps(content, separators=(",", ":"))
 
 
 def _close(choices: list[Choice]) -> None:

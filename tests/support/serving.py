@@ -110,5 +110,3 @@ def _belongs_to(process: psutil.Process, run_id: str) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARKER) == run_id
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
-
-
