@@ -37,19 +37,19 @@ protos-fresh: .venv/.dev
 	@$(PART) protos-fresh 20 $(BIN)/python protos/generate.py --check
 
 unit: .venv/.dev
-	@$(PART) unit 280 $(BIN)/pytest -q tests/unit
+	@$(PART) unit 260 $(BIN)/pytest -q tests/unit
 
 kernels: .venv/.dev
 	@$(PART) kernels 180 $(BIN)/pytest -q tests/kernels
 
 transfer: .venv/.dev
-	@$(PART) transfer 160 $(BIN)/pytest -q tests/transfer --ignore=tests/transfer/test_mutants.py --ignore-glob=*/test_explorer* 
+	@$(PART) transfer 140 $(BIN)/pytest -q tests/transfer --ignore=tests/transfer/test_mutants.py --ignore-glob=*/test_explorer* 
 
 explorer: .venv/.dev
 	@$(PART) explorer 300 $(BIN)/pytest -q -s tests/transfer/test_mutants.py $(wildcard tests/transfer/test_explorer*.py)
 
 cluster: .venv/.dev
-	@$(PART) cluster 200 $(BIN)/pytest -q tests/cluster
+	@$(PART) cluster 240 $(BIN)/pytest -q tests/cluster
 
 chaos: .venv/.dev
 	@$(PART) chaos 180 $(BIN)/pytest -q tests/chaos
