@@ -197,7 +197,7 @@ MUTANTS = (
     ),
     Mutant(
         "a late chunk of an old generation is accepted",
-        world("crash", requests=2),
+        replace(world("crash", requests=2), fine=False),
         ((DecodeState, "live_lease", _any_generation),),
     ),
     Mutant("prefill commits before its last chunk", world(), ((prefill_chunks, "_has_unsent", _never),)),

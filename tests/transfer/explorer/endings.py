@@ -12,7 +12,7 @@ from kv_transfer.decode_state import LeasePhase
 from kv_transfer.protocol import counters
 from tests.transfer.explorer import router
 from tests.transfer.explorer.checks import require
-from tests.transfer.explorer.moves import SEVERAL, Key, Move, Moves
+from tests.transfer.explorer.moves import Key, Move, Moves
 from tests.transfer.explorer.parts import Phase, PrefillEngine, RouterRequest
 from tests.transfer.explorer.world import ROUTER, World
 
@@ -67,7 +67,7 @@ class Endings:
             waiting = next((worker for worker in workers if world.state(worker).next_deadline() is not None), None)
             if waiting is None:
                 return key
-            after = self.moves.take(key, Move(("time", waiting), tuple(range(self.model.size)), SEVERAL))
+            after = self.moves.take(key, Move(("time", waiting), tuple(range(self.model.size)), 0))
             require(after != key, f"I3: {self.model.names[waiting]} has a deadline that never passes")
             key = self._settle(after, self.max_epochs)
         require(False, "I3: timers fire for ever")

@@ -2,7 +2,7 @@
 
 A component's value alone decides which steps start from it; a step changes only the components of its footprint (which
 is checked when it is first carried out). So a step from equal components is carried out once, and afterwards a
-transition is a few look-ups. `cluster` is the pair slot that a move belongs to, or SEVERAL.
+transition is a few look-ups. `cluster` is the pair slot that a move belongs to.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tests.transfer.explorer.parts import (
     PrefillHalf,
     Router,
     Side,
+    Violation,
 )
 from tests.transfer.explorer.steps import Step, carry_out
 from tests.transfer.explorer.world import BUDGET, ENGINE, PROTO, ROUTER, TO_DECODE, TO_PREFILL, Model
 
 Key = tuple[int, ...]
 Calls = tuple[tuple[Any, ...], ...]
-SEVERAL = -1
 
 
 class Move(NamedTuple):
@@ -91,7 +91,7 @@ class Moves:
         for worker, attached in enumerate(value.attached):
             if not attached:
                 inboxes = range(self.model.first_inbox, self.model.size)
-                yield Move(("router_lost", worker), (ROUTER, *inboxes), SEVERAL)
+                yield Move(("router_lost", worker), (ROUTER, *inboxes), self._first_link(worker))
 
     def _of_inbox(self, request: int, role: int, commands: tuple[Any, ...]) -> Iterator[Move]:
         spec = self.model.config.requests[request]
@@ -103,11 +103,13 @@ class Moves:
             yield Move(step, (slot, BUDGET), cluster)
 
     def _of_protocol(self, worker: int, state: Any) -> Iterator[Move]:
+        if not self.model.config.may_hit(worker):
+            return
         around = (*self._local(worker), BUDGET, *self.model.halves_of(worker))
         if state.next_deadline() is not None:
-            yield Move(("tick", worker), around, SEVERAL)
+            yield Move(("tick", worker), around, self._first_link(worker))
         inboxes = range(self.model.first_inbox, self.model.size)
-        yield Move(("crash", worker), (*around, ROUTER, *inboxes), SEVERAL)
+        yield Move(("crash", worker), (*around, ROUTER, *inboxes), self._first_link(worker))
 
     def _of_engine(self, worker: int, engine: PrefillEngine | DecodeEngine) -> Iterator[Move]:
         local, half = self._local(worker), 0 if self.model.is_prefill(worker) else 1
@@ -140,6 +142,11 @@ class Moves:
             both = (*around, *self._local(self.model.config.prefills + decode), slot + 1)
             yield Move(("connect", prefill, decode), both, cluster)
 
+    def _first_link(self, worker: int) -> int:
+        """What hits a worker hits all its links: the reduction keeps them together."""
+        links = [link for link in self.model.config.links if worker in self.model.ends(*link)]
+        return self.model.pair_slot(*min(links))
+
     def _local(self, worker: int) -> tuple[int, int]:
         return self.model.slot(worker, PROTO), self.model.slot(worker, ENGINE)
 
@@ -166,8 +173,11 @@ class Moves:
         return tuple(result)
 
     def is_idle(self, key: Key, move: Move) -> bool:
-        """Whether the protocol neither changes nor asks for anything at this move."""
-        return self._effect(key, move)[2]
+        """Whether the protocol neither changes nor asks for anything at this move. A violation is not idle."""
+        try:
+            return self._effect(key, move)[2]
+        except Violation:
+            return False
 
     def _effect(self, key: Key, move: Move) -> tuple[Key, Calls, bool]:
         """What the footprint becomes, what others are told, whether the protocol stays idle."""

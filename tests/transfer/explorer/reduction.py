@@ -6,9 +6,9 @@ from typing import Any
 
 from kv_transfer.events import AttemptKey
 from kv_transfer.messages import Abort, ChunksDone, Committed, Finish
-from tests.transfer.explorer.moves import SEVERAL, Key, Move, Moves
+from tests.transfer.explorer.moves import Key, Move, Moves
 from tests.transfer.explorer.parts import CancelCommand, DecodeEngine, Side
-from tests.transfer.explorer.world import BUDGET, ENGINE, TO_PREFILL
+from tests.transfer.explorer.world import BUDGET, ENGINE, TO_PREFILL, Model
 
 
 class Reduction:
@@ -22,6 +22,7 @@ class Reduction:
         demand = sum(request.chunks for request in config.requests) * config.attempts
         self.blocks_never_lack = demand <= config.decode_blocks and demand <= config.prefill_blocks
         self.credits_never_lack = demand <= config.window
+        self.groups = self._group(model)
 
     def enough(self, key: Key, progress: list[Move], faults: list[Move]) -> list[Move]:
         everything = progress + faults
@@ -35,10 +36,19 @@ class Reduction:
             harmless = next((move for move in progress if self._is_harmless(key, move)), None)
             if harmless is not None:
                 return [harmless]
-        if not self.blocks_never_lack or any(move.cluster == SEVERAL for move in everything):
+        if not self.blocks_never_lack:
             return everything
-        cluster = min(move.cluster for move in progress)
-        return [move for move in everything if move.cluster == cluster]
+        group = min(self.groups[move.cluster] for move in progress)
+        return [move for move in everything if self.groups[move.cluster] == group]
+
+    def _group(self, model: Model) -> dict[int, int]:
+        """Links that one fault can hit together, because a worker that may be hit has both, belong together."""
+        config = model.config
+        groups = {model.pair_slot(*link): model.pair_slot(*link) for link in config.links}
+        for worker in filter(config.may_hit, range(model.num_workers)):
+            together = {groups[model.pair_slot(*link)] for link in config.links if worker in model.ends(*link)}
+            groups = {link: min(together) if group in together else group for link, group in groups.items()}
+        return groups
 
     def _is_harmless(self, key: Key, move: Move) -> bool:
         """Taking it first loses nothing, once no fault can come any more: it commutes with all that may come before."""

@@ -115,7 +115,15 @@ def _automorphisms(model: Model) -> Iterator[tuple[tuple[int, ...], tuple[int, .
                 for old, new in enumerate(requests):
                     spec = config.requests[old]
                     moved[new] = replace(spec, prefill=prefills[spec.prefill], decode=decodes[spec.decode])
-                if tuple(moved) == config.requests:
+                hit = (
+                    config.hit is None
+                    or {
+                        prefills[w] if w < config.prefills else config.prefills + decodes[w - config.prefills]
+                        for w in config.hit
+                    }
+                    == config.hit
+                )
+                if tuple(moved) == config.requests and hit:
                     yield prefills, decodes, requests
 
 

@@ -32,6 +32,7 @@ State = PrefillState | DecodeState
 ROUTER, BUDGET, FIRST_WORKER = 0, 1, 2
 PROTO, ENGINE, PER_WORKER = 0, 1, 2
 TO_PREFILL, TO_DECODE = 0, 1
+NEVER = 1000  # connections "made" of a pair that no request uses
 
 
 class Model:
@@ -58,6 +59,10 @@ class Model:
     def pair_slot(self, prefill: int, decode: int) -> int:
         """Slot of prefill's half of a pair; decode's half follows. It also names the pair's cluster."""
         return self.first_pair + 2 * (prefill * self.config.decodes + decode)
+
+    def ends(self, prefill: int, decode: int) -> tuple[int, int]:
+        """The two workers of a pair."""
+        return prefill, self.config.prefills + decode
 
     def half_slot(self, worker: int, prefill: int, decode: int) -> int:
         """The half of the pair that is at `worker`."""
@@ -123,9 +128,12 @@ class Model:
             values[slot] = ()
         for prefill in range(self.config.prefills):
             for decode in range(self.config.decodes):
-                values[self.pair_slot(prefill, decode)] = PrefillHalf(1, (PrefillEpoch(1),))
-                values[self.pair_slot(prefill, decode) + 1] = DecodeHalf((DecodeEpoch(1),))
-                self._connect(values, prefill, decode)
+                linked = (prefill, decode) in self.config.links
+                made, slot = (1 if linked else NEVER), self.pair_slot(prefill, decode)
+                values[slot] = PrefillHalf(made, (PrefillEpoch(1),) if linked else ())
+                values[slot + 1] = DecodeHalf((DecodeEpoch(1),) if linked else ())
+                if linked:
+                    self._connect(values, prefill, decode)
         return World(self, values)
 
     def _connect(self, values: list[Any], prefill: int, decode: int) -> None:
