@@ -14,10 +14,12 @@ from kv_transfer.events import (
     Pack,
     PeerConnected,
     PeerLost,
+    PrefillDone,
     PrefillFailed,
     PrefillRequested,
     ReleasePrefill,
     ReportFailed,
+    SegmentReady,
     SendDone,
     StartPrefill,
     StartSend,
@@ -297,6 +299,27 @@ def test_a_stale_event_does_not_move_the_deadline() -> None:
     assert next_deadline(end.state) == 10.0
     end.feed(Tick(10.0))
     assert failed(end) == ["expired"]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_what_the_engine_still_says_of_an_ended_attempt_is_ignored(packing: bool) -> None:
+    end = PrefillEnd()
+    end.begin()
+    if packing:
+        end.ready(0)
+    end.feed(Cancel(A))
+    before = end.state
+    for late in (SegmentReady(A, segment(1), 64), PrefillDone(A, 32, 5, False), PrefillFailed(A, "late")):
+        assert end.feed(late) == ()
+    assert end.state == before
+
+
+def test_segments_after_the_first_token_are_not_sent() -> None:
+    end = PrefillEnd()
+    end.begin()
+    end.done()
+    assert end.ready(0) == ()
+    assert end.done() == ()
 
 
 def test_a_late_clock_does_not_run_backwards() -> None:
