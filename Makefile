@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PART := .ci/part
 
-.PHONY: demo test protos clean lint types imports protos-fresh unit kernels transfer explorer cluster chaos
+.PHONY: demo test protos clean lint types imports protos-fresh unit kernels transfer explorer explorer-standard cluster chaos
 
 demo: .venv/.runtime
 	$(BIN)/baton demo
@@ -46,13 +46,17 @@ transfer: .venv/.dev
 	@$(PART) transfer 140 $(BIN)/pytest -q tests/transfer --ignore=tests/transfer/test_mutants.py --ignore-glob=*/test_explorer* 
 
 explorer: .venv/.dev
-	@$(PART) explorer 300 $(BIN)/pytest -q -s tests/transfer/test_mutants.py $(wildcard tests/transfer/test_explorer*.py)
+	@$(PART) explorer 300 $(BIN)/pytest -q -s -m 'not slow' tests/transfer/test_mutants.py tests/transfer/test_explorer.py
 
 cluster: .venv/.dev
 	@$(PART) cluster 240 $(BIN)/pytest -q tests/cluster
 
 chaos: .venv/.dev
 	@$(PART) chaos 180 $(BIN)/pytest -q tests/chaos
+
+# Larger worlds of the hand-over protocol than `explorer` walks: up to five minutes of one core each.
+explorer-standard: .venv/.dev
+	$(BIN)/python -m tests.transfer.explorer
 
 protos: .venv/.dev
 	$(BIN)/python protos/generate.py
