@@ -17,10 +17,8 @@ BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
 # The conversations of documents.py have this form. A newline that follows a block is written as an expression, since
 # transformers' jinja drops the first newline after a block.
-# A conversation begins as one begins after another document: the model knows </s><s> far better than a lone <s>.
-CHAT_START = EOS + BOS
 CHAT_TEMPLATE = (
-    "{{ eos_token }}{{ bos_token }}{% for message in messages %}"
+    "{{ bos_token }}{% for message in messages %}"
     "### {{ message['role'] }}\n{{ message['content'] | trim }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}### assistant\n{% endif %}"

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from checkpoint import CHAT_START, EOS_ID
+from checkpoint import EOS_ID
 from model import DemoModel, Shape
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -46,9 +46,7 @@ def write_samples(file: Path, model: DemoModel, tokenizer_file: Path, device: to
 def _continue(
     model: DemoModel, tokenizer: Tokenizer, prompt: str, device: torch.device, draws: torch.Generator | None
 ) -> str:
-    chat = prompt.startswith("###")
-    text = CHAT_START + prompt if chat else prompt
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=not chat).ids
+    ids: list[int] = tokenizer.encode(prompt).ids
     start = len(ids)
     while len(ids) - start < MAX_TOKENS and ids[-1] != EOS_ID:
         logits = model(torch.tensor([ids], device=device))[0, -1].float()
