@@ -26,12 +26,18 @@ def serve(
     grpc_port: Annotated[int | None, Flag(help="gRPC port, 0 for any (default 8001).")] = None,
     device: Annotated[str | None, Flag(help="auto, cuda or cpu (default auto).")] = None,
     dtype: Annotated[str | None, Flag(help="auto, bfloat16, float16 or float32 (default auto).")] = None,
+    load_format: Annotated[
+        str | None, Flag(help="safetensors, or random: weights are drawn, for measurements (default safetensors).")
+    ] = None,
     max_model_len: Annotated[
         int | None, Flag(help="Longest prompt plus answer, in tokens (default the model's).")
     ] = None,
     block_size: Annotated[int | None, Flag(help="Tokens per KV block: 16, 32 or 64 (default 16).")] = None,
     ray_address: Annotated[str | None, Flag(help="Join this Ray cluster instead of starting one.")] = None,
     served_model_name: Annotated[str | None, Flag(help="Name in the API (default the directory's).")] = None,
+    generation_config: Annotated[
+        str | None, Flag(help="auto: the model's own sampling defaults; none: the API's (default auto).")
+    ] = None,
     policy: Annotated[
         str | None, Flag(help="Where prompts are prefilled: local, remote or auto (default auto).")
     ] = None,
@@ -42,6 +48,7 @@ def serve(
         "model": model,
         "revision": revision,
         "served_model_name": served_model_name,
+        "generation_config": generation_config,
         "cluster.prefill": prefill,
         "cluster.decode": decode,
         "cluster.device": device,
@@ -50,6 +57,7 @@ def serve(
         "server.port": port,
         "server.grpc_port": grpc_port,
         "engine.dtype": dtype,
+        "engine.load_format": load_format,
         "engine.max_model_len": max_model_len,
         "engine.block_size": block_size,
         "router.policy": policy,

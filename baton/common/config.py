@@ -16,6 +16,7 @@ from baton.common.errors import ConfigError
 Device = Literal["auto", "cuda", "cpu"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 PathPolicy = Literal["local", "remote", "auto"]
+LoadFormat = Literal["safetensors", "random"]
 
 
 class _Section(BaseModel):
@@ -55,10 +56,12 @@ class EngineConfig(_Section):
     """One worker's engine. Lengths count tokens.
 
     `overlap`: plan and launch a step while the one before still computes; None: on a GPU only. `decode_graphs`: run
-    steps that only decode as captured CUDA graphs where there is a GPU.
+    steps that only decode as captured CUDA graphs where there is a GPU. `load_format` random: the weights are drawn,
+    the model's directory needs none; for measurements.
     """
 
     dtype: DType = "auto"
+    load_format: LoadFormat = "safetensors"
     block_size: Literal[16, 32, 64] = 16
     max_model_len: int | None = Field(None, ge=1)
     num_blocks: int | None = Field(None, ge=1)
@@ -122,12 +125,14 @@ class BatonConfig(_Section):
     """Everything `baton serve` needs.
 
     `model` is a directory in Hugging Face format, or the id of a model on the hub; then `revision` is its commit,
-    branch or tag, by default the newest commit.
+    branch or tag, by default the newest commit. `generation_config` "none": the sampling defaults that the model
+    recommends are not used, but those of the API (its EOS ids always are).
     """
 
     model: str
     revision: str | None = None
     served_model_name: str | None = None
+    generation_config: Literal["auto", "none"] = "auto"
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()
     engine: EngineConfig = EngineConfig()

@@ -35,8 +35,10 @@ def build_engine(
 ) -> Engine:
     """Load the model, size and allocate the KV cache; the caller starts the engine.
 
-    `random_weights`: config.json alone is read, for measurements. Raises ConfigError naming the setting to change.
+    `random_weights`, or `load_format` "random": config.json alone is read, for measurements. Raises ConfigError naming
+    the setting to change.
     """
+    random_weights = random_weights or config.load_format == "random"
     if device.type == "cpu":
         torch.set_num_threads(config.cpu_threads)
     model_config = load_model_config(model_dir)

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from baton.common.config import EngineConfig
+from baton.common.errors import ConfigError
 from baton.engine.models.config import parse_model_config
 from benchmarks.engine.drive import DrivenEngine
 from benchmarks.engine.floors import Ceilings, Floors
+from benchmarks.engine.servable import write_servable
 from benchmarks.engine.session import Session
 from benchmarks.engine.shapes import SHAPES, write_shape
 from benchmarks.engine.workloads import Job, fixed, mixed, spread
@@ -66,3 +69,12 @@ def test_what_does_not_fit_is_a_row_that_says_why(engine: DrivenEngine) -> None:
     assert [row.work for row in rows if row.value is None] == [f"prefill of {n}" for n in (512, 2048, 8192, 32768)]
     assert all("more than the maximum of 256" in str(row.details["failed"]) for row in rows)
     assert engine.run([Job(10, 5)])[1] == 5
+
+
+def test_every_id_of_a_shape_has_a_text(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(write_servable("llama-3.1-8b", tmp_path / "new") / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == SHAPES["llama-3.1-8b"]["vocab_size"]
+    assert tokenizer.decode([256, 128255]) == " w256 w128255"
+    assert tokenizer.decode(tokenizer.encode("naïve\n").ids) == "naïve\n"
+    with pytest.raises(ConfigError, match="none of llama"):
+        write_servable("gpt-5", tmp_path)

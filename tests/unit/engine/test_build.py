@@ -83,6 +83,7 @@ def test_random_weights_need_no_checkpoint(tmp_path: Path, model_dir: Path) -> N
     engine = build(tmp_path, random_weights=True)
     assert engine.layout.model_hash == build(tmp_path, random_weights=True).layout.model_hash
     assert engine.layout.model_hash != build(model_dir).layout.model_hash
+    assert engine.layout.model_hash == build(tmp_path, load_format="random").layout.model_hash
 
 
 def test_warming_up_leaves_no_trace(model_dir: Path) -> None:
