@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from fastapi import FastAPI, Request, Response
@@ -14,19 +11,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from baton.common.errors import BatonError
+from router.answers import respond
 from router.body_limit import BodyLimit
-from router.completions import Choice, Completions, merged
+from router.completion_answer import CompletionAnswer
+from router.completions import Completions
 from router.dispatcher import Dispatcher
-from router.event_stream import ClientGone, EventStream, unless_gone
+from router.event_stream import ClientGone
 from router.health import health, is_ready, workers
-from router.openai_errors import describe, error_response, http_error
-from router.openai_response import CompletionHead, path_header
-from router.openai_schema import CompletionRequest, parse_completion
+from router.openai_errors import error_response, http_error
+from router.openai_schema import parse_completion
 from router.openapi import COMPLETION_BODY, document
 from router.registry import Registry
-from router.text import TextDelta
+from router.submitter import Submitter
 
-_CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -34,6 +31,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 class Services:
     """What the handlers need."""
 
+    submitter: Submitter
     completions: Completions
     dispatcher: Dispatcher
     registry: Registry
@@ -60,22 +58,18 @@ def _add_completions(app: FastAPI, services: Services) -> None:
     async def completions(request: Request) -> Response:
         body = parse_completion(await request.body())
         choices = await services.completions.start(body)
-        try:
-            if body.stream:
-                return await _stream(request, body, choices)
-            return await _whole(request, body, choices)
-        except BaseException:
-            _close(choices)
-            raise
+        answer = CompletionAnswer(body, choices, services.submitter.tokenizer)
+        return await respond(request, answer, stream=bool(body.stream))
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:
         card = {
-            "id": services.completions.model,
+            "id": services.submitter.model,
             "object": "model",
             "created": 0,
             "owned_by": "baton",
-            "max_model_len": services.completions.max_model_len or None,
+            "sampling_defaults": services.submitter.defaults.model_dump(),
+            "max_model_len": services.submitter.max_model_len or None,
         }
         return JSONResponse({"object": "list", "data": [card]})
 
@@ -112,71 +106,6 @@ def _add_operations(app: FastAPI, services: Services) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(services.dispatcher.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-
-# ---- answers
-
-
-async def _whole(request: Request, body: CompletionRequest, choices: list[Choice]) -> Response:
-    async def collect() -> list[list[TextDelta]]:
-        deltas: list[list[TextDelta]] = [[] for _ in choices]
-        async for choice, delta in merged(choices):
-            deltas[choice.index].append(delta)
-        return deltas
-
-    head = CompletionHead(choices, body.model)
-    deltas = await unless_gone(collect(), request.receive)
-    content = head.completion(choices, deltas, bool(body.return_token_ids))
-    _close(choices)
-    return JSONResponse(content, headers=_headers(request, choices))
-
-
-async def _stream(request: Request, body: CompletionRequest, choices: list[Choice]) -> Response:
-    """Headers are sent with the first token, so that whatever fails before it still has its own status."""
-    deltas = merged(choices)
-    first = await unless_gone(anext(deltas), request.receive)
-    events = _events(body, choices, first, deltas)
-    return EventStream(events, _headers(request, choices), lambda: _close(choices))
-
-
-async def _events(
-    body: CompletionRequest,
-    choices: list[Choice],
-    first: tuple[Choice, TextDelta],
-    rest: AsyncGenerator[tuple[Choice, TextDelta], None],
-) -> AsyncGenerator[str, None]:
-    """An error after the first token is an event of its own: the status is already sent."""
-    head = CompletionHead(choices, body.model)
-    with_ids = bool(body.return_token_ids)
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    try:
-        yield _json(head.chunk(*first, with_ids, with_usage))
-        async for choice, delta in rest:
-            yield _json(head.chunk(choice, delta, with_ids, with_usage))
-        if with_usage:
-            yield _json(head.usage_chunk(choices))
-    except BatonError as error:
-        yield _json(describe(error)[1])
-    finally:
-        _close(choices)
-        await rest.aclose()
-    yield "[DONE]"
-
-
-def _headers(request: Request, choices: list[Choice]) -> dict[str, str]:
-    headers = {"x-baton-path": path_header(choices)}
-    client_id = request.headers.get("x-request-id", "")
-    return headers | {"x-request-id": client_id} if _CLIENT_ID.fullmatch(client_id) else headers
-
-
-def _json(content: dict[str, object]) -> str:
-    """ASCII only: clients that split lines as Python does would break at U+0085 or U+2028 inside a text."""
-    return json.dumps(content, separators=(",", ":"))
-
-
-def _close(choices: list[Choice]) -> None:
-    for choice in choices:
-        choice.close()
 
 
 # ---- errors

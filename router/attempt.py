@@ -11,17 +11,32 @@ unknown to the sessions, so whatever a worker still says of it is dropped there 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from baton.common import events
+from baton.common.sampling import TokenLogprobs
 from protos import worker_pb2 as pb
 from router.record import RequestRecord
 from router.token_fence import TokenFence
+from router.types import TokenEvent
 from router.worker_session import AttemptId, WorkerSession
 
-TokensOut = Callable[[tuple[int, ...], str | None], None]
+
+class AttemptOwner(Protocol):
+    """Takes what an attempt brings forth. Called on the event loop; must not block."""
+
+    def on_tokens(self, news: TokenEvent) -> None:
+        """The next tokens, each position once and in order, or the end."""
+        ...
+
+    def on_prompt_logprobs(self, logprobs: tuple[TokenLogprobs, ...]) -> None:
+        """Before the tokens with which they came."""
+        ...
+
+    def on_prompt_placed(self, worker_id: str) -> None:
+        """The generating worker has the whole prompt's KV. May be told more than once."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +87,7 @@ class Attempt:
         worker: WorkerSession,
         prefill: WorkerSession | None,
         record: RequestRecord,
-        tokens_out: TokensOut,
+        owner: AttemptOwner,
     ) -> None:
         self.outcome: Outcome | None = None
         self._over = asyncio.Event()
@@ -82,7 +97,8 @@ class Attempt:
         self._worker = worker
         self._prefill = prefill
         self._record = record
-        self._tokens_out = tokens_out
+        self._owner = owner
+        self._logprobs: dict[int, TokenLogprobs] = {}  # by position, of tokens that wait in the fence
         self._fence = TokenFence(spec.num_emitted, spec.num_emitted + spec.max_tokens)
         self._told: list[WorkerSession] = []  # workers that know this attempt and have not said that it ended there
 
@@ -152,13 +168,30 @@ class Attempt:
             self._over_at(worker_id)
         if self._prefill is not None and worker_id == self._worker.worker_id:
             self._over_at(self._prefill.worker_id)  # decode speaks after the commit: prefill has nothing left to cancel
+        start = self._fence.next_position
+        self._keep_logprobs(output)
         tokens, finish_reason = self._fence.accept(output.position, output.token_ids, output.finish_reason)
+        if worker_id == self._worker.worker_id:
+            self._owner.on_prompt_placed(worker_id)
         if tokens:
             self._leave_prefill(worker_id)
         if tokens or finish_reason is not None:
-            self._tokens_out(tokens, finish_reason)
+            self._owner.on_tokens(TokenEvent(tokens, finish_reason, self._take_logprobs(start, len(tokens))))
         if finish_reason is not None:
             self.end(Finished(finish_reason))
+
+    def _keep_logprobs(self, output: pb.TokenOutput) -> None:
+        """They wait beside the tokens in the fence, which decides when these go out."""
+        for offset, known in enumerate(output.logprobs):
+            if output.position + offset >= self._fence.next_position:
+                self._logprobs.setdefault(output.position + offset, _read_logprobs(known))
+        if output.prompt_logprobs and self._fence.next_position == 0:
+            self._owner.on_prompt_logprobs(tuple(map(_read_logprobs, output.prompt_logprobs)))
+
+    def _take_logprobs(self, start: int, count: int) -> tuple[TokenLogprobs, ...]:
+        if not self._logprobs:
+            return ()
+        return tuple(self._logprobs.pop(position) for position in range(start, start + count))
 
     def on_failed(self, worker_id: str, failed: pb.AttemptFailed) -> None:
         self._over_at(worker_id)
@@ -183,3 +216,8 @@ class Attempt:
 
     def _session(self, worker_id: str) -> WorkerSession:
         return self._prefill if self._prefill is not None and worker_id == self._prefill.worker_id else self._worker
+
+
+def _read_logprobs(known: pb.TokenLogprobs) -> TokenLogprobs:
+    top = tuple(zip(known.top_token_ids, known.top_logprobs, strict=False))
+    return TokenLogprobs(known.token_id, known.logprob, known.rank, top)

@@ -20,6 +20,7 @@ from baton.common import events
 from baton.common.clock import Clock
 from baton.common.config import RouterConfig
 from baton.common.errors import BatonError, DeadlineExceeded, InvalidRequest, Unavailable
+from baton.common.sampling import TokenLogprobs
 from protos import worker_pb2 as pb
 from router.admission import Admission
 from router.attempt import Attempt, Failed, Finished, Outcome, Refused
@@ -29,6 +30,7 @@ from router.placement import Placement
 from router.policy import Decision, RequestFacts
 from router.record import RecentRequests, RequestRecord
 from router.registry import Registry
+from router.request_spec import spec_of
 from router.types import GenerationRequest, ReaderTooSlow, RequestCancelled, TokenEvent
 
 MAX_UNREAD_TOKENS = 8192
@@ -106,6 +108,7 @@ class Generation:
         self.record = RequestRecord(request.request_id, len(request.token_ids), shared.clock, shared.clock.now())
         self._shared = shared
         self._ticket = ticket
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self._output = Output(self.record, shared.metrics, shared.clock)
         self._attempt: Attempt | None = None
         self._keep_local = ""
@@ -196,7 +199,7 @@ class Generation:
             session(decision.worker),
             session(decision.prefill_worker) if decision.prefill_worker else None,
             self.record,
-            self._on_tokens,
+            self,
         )
         attempt.start()
         try:
@@ -209,21 +212,9 @@ class Generation:
         return outcome
 
     def _spec(self) -> pb.RequestSpec:
-        sampling, emitted = self.request.sampling, self._output.emitted
+        emitted = self._output.emitted
         elapsed_s = self._shared.clock.now() - self.record.received_at
-        return pb.RequestSpec(
-            token_ids=[*self.request.token_ids, *emitted],
-            num_emitted=len(emitted),
-            max_tokens=self._num_tokens_left,
-            min_tokens=max(sampling.min_tokens - len(emitted), 0),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            choice=sampling.choice,
-            stop_token_ids=sorted(sampling.stop_token_ids),
-            deadline_s=max(self.request.timeout_s - elapsed_s, 0.001),
-        )
+        return spec_of(self.request, emitted, max(self.request.timeout_s - elapsed_s, 0.001))
 
     @property
     def _num_tokens_left(self) -> int:
@@ -261,17 +252,24 @@ class Generation:
 
     # ---- tokens and the end
 
-    def _on_tokens(self, tokens: tuple[int, ...], finish_reason: str | None) -> None:
+    def on_tokens(self, news: TokenEvent) -> None:
         """Called by the current attempt."""
         if self._output.is_over:
             return
-        if tokens:
-            self._output.add(tokens)
+        if news.token_ids:
+            self._output.add(news.token_ids, news.logprobs)
             self._shared.last_progress_at = self._output.last_token_at
-        if finish_reason is not None:
-            self._output.finish(finish_reason)
+        if news.finish_reason is not None:
+            self._output.finish(news.finish_reason)
         elif self._output.num_unread > MAX_UNREAD_TOKENS:
             self.abort(ReaderTooSlow(f"{MAX_UNREAD_TOKENS} tokens were waiting to be read"))
+
+    def on_prompt_logprobs(self, logprobs: tuple[TokenLogprobs, ...]) -> None:
+        """Called by the attempt that delivers the first token."""
+        self.prompt_logprobs = logprobs
+
+    def on_prompt_placed(self, worker_id: str) -> None:
+        """Called by the current attempt."""
 
     def _end_attempt(self, outcome: Outcome) -> None:
         if self._attempt is not None:

@@ -10,9 +10,11 @@ import grpc.aio
 from baton.common.errors import BatonError, InvalidRequest
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as pb_grpc
-from router.completions import Choice, Completions
+from router.choice import Choice
+from router.completions import Completions
 from router.grpc_errors import to_status
-from router.openai_schema import CompletionRequest, checked
+from router.openai_schema import MAX_PROMPT_TOKENS, CompletionRequest, checked
+from router.submitter import Submitter
 from router.text import TextDelta
 
 _Optional = Literal["max_tokens", "temperature", "top_p", "top_k", "seed"]
@@ -24,7 +26,8 @@ Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 class InferenceService(pb_grpc.InferenceServicer):
     """Called by the gRPC server on the event loop. A cancelled or expired call cancels its request at once."""
 
-    def __init__(self, completions: Completions) -> None:
+    def __init__(self, submitter: Submitter, completions: Completions) -> None:
+        self._submitter = submitter
         self._completions = completions
 
     async def Generate(  # noqa: N802
@@ -45,12 +48,12 @@ class InferenceService(pb_grpc.InferenceServicer):
     async def Cancel(  # noqa: N802
         self, request: pb.CancelRequest, _context: Context
     ) -> pb.CancelResponse:
-        return pb.CancelResponse(found=self._completions.cancel(request.request_id))
+        return pb.CancelResponse(found=self._submitter.cancel(request.request_id))
 
     async def ListModels(  # noqa: N802
         self, _request: pb.ListModelsRequest, _context: Context
     ) -> pb.ListModelsResponse:
-        card = pb.ModelCard(id=self._completions.model, max_model_len=self._completions.max_model_len)
+        card = pb.ModelCard(id=self._submitter.model, max_model_len=self._submitter.max_model_len)
         return pb.ListModelsResponse(models=[card])
 
     async def _start(self, request: pb.GenerateRequest, context: Context) -> Choice:
@@ -66,6 +69,8 @@ def _to_completion(request: pb.GenerateRequest) -> CompletionRequest:
     kind = request.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("text or token_ids is required", "prompt", "missing_required_parameter")
+    if len(request.token_ids.ids) > MAX_PROMPT_TOKENS:
+        raise InvalidRequest(f"at most {MAX_PROMPT_TOKENS} token ids", "prompt")
     prompt = request.text if kind == "text" else list(request.token_ids.ids)
     fields |= {"model": request.model, "prompt": prompt, "stop": list(sampling.stop)}
     return checked({**fields, "ignore_eos": sampling.ignore_eos})

@@ -5,7 +5,8 @@ The prompt, which may be large, is checked here by hand; everything else by pyda
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SkipValidation, ValidationError
@@ -13,17 +14,14 @@ from pydantic_core import from_json
 
 from baton.common.errors import InvalidRequest
 from router.json_limits import check_structure
+from router.sampling_fields import MAX_TOKENS, NumTop, SamplingFields
 from router.unsupported import UnsupportedFields
 
 MAX_PROMPTS: Final = 128
 MAX_PROMPT_TOKENS: Final = 2**20
-MAX_STOP_STRINGS: Final = 4
-_MAX_STOP_LENGTH: Final = 1024
-_MAX_TOKENS: Final = 2**31 - 1
-_MAX_TEMPERATURE: Final = 100.0
 
 Prompt = str | list[int] | list[str] | list[list[int]]
-StopString = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
+Prompts = Sequence[str] | Sequence[Sequence[int]]
 
 
 class StreamOptions(BaseModel):
@@ -32,26 +30,22 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class CompletionRequest(UnsupportedFields):
+class CompletionRequest(SamplingFields, UnsupportedFields):
     """None stands for the default, as in OpenAI's API. Unknown fields are ignored.
 
-    Sizes against the model are checked in completions.py.
+    Sizes against the model are checked in submitter.py.
     """
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     model: str
     prompt: SkipValidation[Prompt]
-    max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=_MAX_TEMPERATURE)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=_MAX_TOKENS)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    logprobs: NumTop | None = None
+    prompt_logprobs: NumTop | None = None
+    echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     user: str | None = None
     _num_ignored_fields: int = PrivateAttr(0)
 
@@ -60,11 +54,7 @@ class CompletionRequest(UnsupportedFields):
         return self._num_ignored_fields
 
     @property
-    def stop_strings(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> Prompts:
         """One entry per choice of the answer."""
         if isinstance(self.prompt, str):
             return [self.prompt]
@@ -92,14 +82,24 @@ def checked(fields: Mapping[str, object]) -> CompletionRequest:
         request = CompletionRequest.model_validate(known)
     except ValidationError as error:
         raise _invalid(error) from None
-    _check_prompt(request.prompt)
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest("stream_options is only allowed when stream is true", "stream_options")
+    check_prompt(request.prompt)
+    _check_together(request)
     request._num_ignored_fields = len(fields) - len(known)
     return request
 
 
-def _check_prompt(prompt: object) -> None:
+def _check_together(request: CompletionRequest) -> None:
+    """What a field may be depends on another one."""
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("stream_options is only allowed when stream is true", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("not supported in a stream, where echo with logprobs is", "prompt_logprobs")
+    if request.max_tokens == 0 and not request.echo:
+        raise InvalidRequest("max_tokens must be at least 1 without echo", "max_tokens")
+
+
+def check_prompt(prompt: object) -> None:
+    """Raises InvalidRequest."""
     if isinstance(prompt, str) or _are_token_ids(prompt):
         return
     if not isinstance(prompt, list) or not 0 < len(prompt) <= MAX_PROMPTS:
@@ -114,7 +114,9 @@ def _check_prompt(prompt: object) -> None:
 
 
 def _are_token_ids(value: object) -> bool:
-    """A bool is not an int here."""
+    """A bool is not an int here. An array was checked when it was made."""
+    if isinstance(value, array):
+        return 0 < len(value) <= MAX_PROMPT_TOKENS
     if not isinstance(value, list) or not 0 < len(value) <= MAX_PROMPT_TOKENS:
         return False
     return set(map(type, value)) == {int} and min(value) >= 0 and max(value) < 2**32

@@ -10,6 +10,7 @@ import asyncio
 from baton.common import events
 from baton.common.clock import Clock
 from baton.common.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded
+from baton.common.sampling import TokenLogprobs
 from router.metrics import Metrics
 from router.record import RequestRecord
 from router.types import RequestCancelled, TokenEvent
@@ -32,6 +33,7 @@ class Output:
         self._metrics = metrics
         self._clock = clock
         self._num_read = 0
+        self._unread_logprobs: list[TokenLogprobs] = []
         self._finish_reason: str | None = None
         self._error: BatonError | None = None
         self._end_was_read = False
@@ -52,17 +54,18 @@ class Output:
             await self._news.wait()
         unread = tuple(self.emitted[self._num_read :])
         self._num_read += len(unread)
+        logprobs, self._unread_logprobs = tuple(self._unread_logprobs), []
         if self._finish_reason is not None:
             was_read, self._end_was_read = self._end_was_read, True
-            return None if was_read else TokenEvent(unread, self._finish_reason)
+            return None if was_read else TokenEvent(unread, self._finish_reason, logprobs)
         if unread:
-            return TokenEvent(unread)
+            return TokenEvent(unread, None, logprobs)
         if self._error is not None:
             raise self._error
         return None
 
-    def add(self, tokens: tuple[int, ...]) -> None:
-        """Tokens in order, each exactly once."""
+    def add(self, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] = ()) -> None:
+        """Tokens in order, each exactly once. `logprobs`: one per token, or none at all in the whole request."""
         now = self._clock.now()
         self._record.count_tokens(len(tokens))
         if self.emitted:
@@ -71,6 +74,7 @@ class Output:
             self._metrics.ttft.labels(self._path).observe(now - self._record.received_at)
         self.last_token_at = now
         self.emitted.extend(tokens)
+        self._unread_logprobs.extend(logprobs)
         self._metrics.output_tokens.inc(len(tokens))
         self._news.set()
 

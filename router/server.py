@@ -31,6 +31,8 @@ from router.health import is_ready
 from router.metrics import Metrics
 from router.record import RecentRequests
 from router.registry import Registry
+from router.sampling_defaults import SamplingDefaults
+from router.submitter import Submitter
 from router.tokenizer import Tokenizer
 from router.worker_link import LinkSettings
 
@@ -64,11 +66,14 @@ class Router:
         self.recent = RecentRequests(config.router.recent_requests)
         self.registry = Registry(_link_settings(config), self.recent, self.metrics, clock)
         self.dispatcher = Dispatcher(config.router, self.registry, self.recent, self.metrics, clock)
-        completions = Completions(self.dispatcher, tokenizer, config.model_name, config.server.request_timeout_s)
-        services = Services(completions, self.dispatcher, self.registry)
+        submitter = Submitter(
+            self.dispatcher, tokenizer, config.model_name, config.server.request_timeout_s, _sampling_defaults(config)
+        )
+        completions = Completions(submitter)
+        services = Services(submitter, completions, self.dispatcher, self.registry)
         self._http = _HttpServer(_uvicorn_config(build_app(services, config.server.max_body_bytes)))
         self._http_task: asyncio.Task[None] | None = None
-        self._inference = InferenceService(completions)
+        self._inference = InferenceService(submitter, completions)
         self._grpc_health = health_aio.HealthServicer()
         self._grpc: grpc.aio.Server | None = None
         self._ready_changed = asyncio.Event()
@@ -161,6 +166,10 @@ def _uvicorn_config(app: FastAPI) -> uvicorn.Config:
         h11_max_incomplete_event_size=_HEADER_BYTES,
         timeout_graceful_shutdown=_SHUTDOWN_S,
     )
+
+
+def _sampling_defaults(config: BatonConfig) -> SamplingDefaults:
+    return SamplingDefaults() if config.generation_config == "none" else SamplingDefaults.load(Path(config.model))
 
 
 def _link_settings(config: BatonConfig) -> LinkSettings:

@@ -11,6 +11,7 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
+        self.found: str | None = None  # the stop string that ended the output
         self._stops = [stop for stop in stops if stop]
         self._held = ""
 
@@ -19,9 +20,10 @@ class StopStrings:
         if not self._stops:
             return text, False
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at, stop) for at, stop in ((self._held.find(stop), stop) for stop in self._stops) if at >= 0]
         if found:
-            safe, self._held = self._held[: min(found)], ""
+            at, self.found = min(found, key=lambda place: place[0])
+            safe, self._held = self._held[:at], ""
             return safe, True
         keep = self._longest_partial()
         safe, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -6,7 +6,6 @@ afterwards, so it may be used from any thread.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 import tokenizers
 
 from baton.common.errors import ConfigError
+from router.model_files import read_json
+from router.token_text import TokenTexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +27,12 @@ class SpecialTokens:
 
 
 class Tokenizer:
-    """`vocab_size` is the model's: ids at or above it are refused."""
+    """`vocab_size` is the model's: ids at or above it are refused. `texts` knows single tokens."""
 
     def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.eos_ids = special.eos_ids
+        self.texts = TokenTexts(backend)
         self._backend = backend
         self._special = special
         self._longest_token = max((len(token) for token in backend.get_vocab()), default=1)
@@ -47,7 +49,7 @@ class Tokenizer:
             raise ConfigError("model", f"{file} cannot be read: {error}") from None
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json(model / "config.json")
+        config = read_json(model / "config.json")
         vocab_size = config.get("vocab_size")
         size = vocab_size if isinstance(vocab_size, int) else backend.get_vocab_size()
         return cls(backend, _special_tokens(model, config, backend), size)
@@ -56,15 +58,20 @@ class Tokenizer:
         """A lower bound, for free, of how many tokens `text` has: no token is longer than the longest one."""
         return len(text) // self._longest_token
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt, with BOS where the model wants one, and never two of them.
+
+        Without `add_special_tokens` just those of the text, in which special tokens may be written out.
 
         Long texts take a while: call it off the event loop, which it does not block (a batch of one releases the GIL,
         a single text would not).
         """
         special = self._special
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special.add_bos is None)
+        by_file = add_special_tokens and special.add_bos is None
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=by_file)
         ids: list[int] = encoding.ids
+        if not add_special_tokens:
+            return tuple(ids)
         bos = special.bos_id
         if special.add_bos and bos is not None and ids[:1] != [bos]:
             ids.insert(0, bos)
@@ -78,9 +85,9 @@ class Tokenizer:
 
 
 def _special_tokens(model: Path, config: dict[str, object], backend: tokenizers.Tokenizer) -> SpecialTokens:
-    tokenizer_config = _read_json(model / "tokenizer_config.json")
-    special_map = _read_json(model / "special_tokens_map.json")
-    generation = _read_json(model / "generation_config.json")
+    tokenizer_config = read_json(model / "tokenizer_config.json")
+    special_map = read_json(model / "special_tokens_map.json")
+    generation = read_json(model / "generation_config.json")
 
     def token_id(name: str) -> int | None:
         token = tokenizer_config.get(name) or special_map.get(name)
@@ -103,16 +110,3 @@ def _ids(value: object) -> list[int]:
     """`eos_token_id` is an id, a list of ids, or absent."""
     values = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0]
-
-
-def _read_json(file: Path) -> dict[str, object]:
-    """The file's mapping; empty when there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError("model", f"{file} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError("model", f"{file} must hold a mapping")
-    return content

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from baton.common.errors import BatonError
-from baton.common.sampling import SamplingParams
+from baton.common.sampling import SamplingParams, TokenLogprobs
 
 Path = Literal["local", "remote"]
 FinishReason = Literal["stop", "length"]
@@ -24,10 +24,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """New tokens in order; the last event of a request, and only it, has a `finish_reason`."""
+    """New tokens in order; the last event of a request, and only it, has a `finish_reason`.
+
+    `logprobs`: one per token, if asked for.
+    """
 
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class RequestCancelled(BatonError):

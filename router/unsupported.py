@@ -12,10 +12,8 @@ Nothing: TypeAlias = None
 Off = Literal[False] | None
 On = Literal[True] | None
 One = Annotated[int, Field(ge=1, le=1)] | None
-ZeroPenalty = Annotated[float, Field(ge=0, le=0)] | None
 UnitPenalty = Annotated[float, Field(ge=1, le=1)] | None
 EmptyList = Annotated[list[None], Field(max_length=0)] | None
-EmptyMap = Annotated[dict[str, None], Field(max_length=0)] | None
 
 
 class PlainText(BaseModel):
@@ -32,8 +30,6 @@ class UnsupportedFields(BaseModel):
     bad_words: EmptyList = None
     best_of: One = None
     cache_salt: Nothing = None
-    echo: Off = None
-    frequency_penalty: ZeroPenalty = None
     guided_choice: Nothing = None
     guided_grammar: Nothing = None
     guided_json: Nothing = None
@@ -41,20 +37,10 @@ class UnsupportedFields(BaseModel):
     include_stop_str_in_output: Off = None
     kv_transfer_params: Nothing = None
     length_penalty: UnitPenalty = None
-    logit_bias: EmptyMap = None
     logits_processors: EmptyList = None
-    logprobs: Nothing = None
-    min_p: ZeroPenalty = None
-    min_tokens: ZeroPenalty = None
-    n: One = None
-    presence_penalty: ZeroPenalty = None
     prompt_embeds: Nothing = None
-    prompt_logprobs: Nothing = None
-    repetition_penalty: UnitPenalty = None
     response_format: PlainText | None = None
-    return_tokens_as_token_ids: Off = None
     skip_special_tokens: On = None
-    stop_token_ids: EmptyList = None
     structured_outputs: Nothing = None
     suffix: Literal[""] | None = None
     truncate_prompt_tokens: Nothing = None

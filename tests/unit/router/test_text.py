@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 from tokenizers.models import BPE
 
+from baton.common.sampling import SamplingParams
 from router.detokenizer import Detokenizer
 from router.stop_strings import StopStrings
 from router.text import TextAssembler, TextDelta
@@ -138,30 +139,30 @@ def push(assembler: TextAssembler, text: str, finish: str | None = None) -> Text
 
 
 def test_a_stop_string_over_two_tokens_ends_the_output_within_the_tokens() -> None:
-    assembler = TextAssembler(TOKENIZER, (1,), ["END"], frozenset())
+    assembler = TextAssembler(TOKENIZER, (1,), ["END"], SamplingParams(max_tokens=9))
     assert push(assembler, "xE").text == "x"
     delta = push(assembler, "NDyz")
     assert (delta.text, delta.finish_reason, delta.stopped, len(delta.token_ids)) == ("", "stop", True, 2)
 
 
 def test_a_partial_stop_string_at_the_end_is_text() -> None:
-    assembler = TextAssembler(TOKENIZER, (1,), ["END"], frozenset())
+    assembler = TextAssembler(TOKENIZER, (1,), ["END"], SamplingParams(max_tokens=9))
     push(assembler, "xEN")
     delta = push(assembler, "!", "length")
     assert (delta.text, delta.finish_reason) == ("EN!", "length")
-    assembler = TextAssembler(TOKENIZER, (1,), ["END"], frozenset())
+    assembler = TextAssembler(TOKENIZER, (1,), ["END"], SamplingParams(max_tokens=9))
     assert push(assembler, "xEN", "length").text == "xEN"
 
 
 @pytest.mark.parametrize("stop_ids", [frozenset({EOS_ID}), frozenset({TOKENIZER.encode("q")[0]})])
 def test_the_token_that_ends_the_output_counts_but_has_no_text(stop_ids: frozenset[int]) -> None:
     (stop_id,) = stop_ids
-    assembler = TextAssembler(TOKENIZER, (1,), [], stop_ids)
+    assembler = TextAssembler(TOKENIZER, (1,), [], SamplingParams(max_tokens=9, stop_token_ids=stop_ids))
     delta = assembler.push(TokenEvent((*TOKENIZER.encode("ab"), stop_id), "stop"))
     assert (delta.text, delta.finish_reason, len(delta.token_ids)) == ("ab", "stop", 3)
 
 
 def test_half_a_character_at_the_end_is_not_lost() -> None:
-    assembler = TextAssembler(TOKENIZER, (1,), [], frozenset())
+    assembler = TextAssembler(TOKENIZER, (1,), [], SamplingParams(max_tokens=9))
     delta = assembler.push(TokenEvent(TOKENIZER.encode("a\u4f60")[:2], "length"))
     assert delta.text == "a" + BROKEN
