@@ -10,6 +10,7 @@ from baton.cli import chaos, demo, model, serve
 from baton.common.errors import BatonError, ConfigError
 from benchmarks.engine.command import bench_engine, bench_kernels
 from benchmarks.serve.command import bench_serve
+from benchmarks.served.command import bench_served
 
 app = typer.Typer(
     name="baton",
@@ -24,6 +25,7 @@ app.command("chaos")(chaos.chaos)
 app.add_typer(model.app, name="model")
 bench = typer.Typer(help="Measure servers, the engine and its kernels.", no_args_is_help=True)
 bench.command("serve")(bench_serve)
+bench.command("served")(bench_served)
 bench.command("engine")(bench_engine)
 bench.command("kernels")(bench_kernels)
 app.add_typer(bench, name="bench")
