@@ -116,7 +116,7 @@ def prefill_main(options: Options, pipe: Connection, port: int, epoch: str) -> N
     staging = StagingPool(options.layout, options.window, options.chunk_bytes, options.device_of(PREFILL_RANK))
     with on_device(options, PREFILL_RANK):
         for _ in range(options.chunks):
-            transport.send(staging.slot(0))
+            transport.start_send(staging.slot(0)).wait()
     PrefillEnd(options, pipe, transport, staging).run()
 
 
@@ -143,10 +143,10 @@ class DecodeEnd:
     def receive_raw(self) -> float:
         """Bytes per second of the transport alone."""
         with on_device(self.options, DECODE_RANK):
-            self.transport.recv(self.staging.slot(0))
+            self.transport.start_recv(self.staging.slot(0)).wait()
             start = time.monotonic()
             for _ in range(self.options.chunks - 1):
-                self.transport.recv(self.staging.slot(0))
+                self.transport.start_recv(self.staging.slot(0)).wait()
         return (self.options.chunks - 1) * self.options.chunk_bytes / (time.monotonic() - start)
 
     def receive_chunks(self, until: int) -> float:

@@ -24,9 +24,10 @@ from baton.worker.tasks import Tasks
 from decode_worker.transfer_service import TransferService
 from kv_transfer import events as kv
 from kv_transfer.messages import Abort as AbortLease
-from kv_transfer.messages import Chunk, ChunksDone, Committed
+from kv_transfer.messages import Chunk, ChunksDone, Commit, Committed
 from kv_transfer.protocol import DecodeState, counters, decode_step
 from kv_transfer.receiver import RecvLink
+from kv_transfer.timeline import Timeline, TransferTotals
 from kv_transfer.wire import decode_frame
 from protos import transfer_pb2, worker_pb2
 from protos.transfer_pb2_grpc import add_TransferServicer_to_server
@@ -61,6 +62,7 @@ class DecodeHalf(BaseHalf):
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._attempts = context.attempts
+        self.timeline = Timeline()
         self._leases: dict[int, _Lease] = {}
         self._tasks = Tasks()
         self._protocol: Coordinator[DecodeState, kv.DecodeEvent, kv.DecodeAction] = Coordinator(
@@ -70,7 +72,7 @@ class DecodeHalf(BaseHalf):
         self._pairs: Pairs[transfer_pb2.DecodeFrame, RecvLink] = Pairs(
             self._feed, context.layout, context.device, self._tasks, context.faults
         )
-        self._service = TransferService(context, self._pairs, self._feed, self._mailbox.post)
+        self._service = TransferService(context, self._pairs, self._feed, self._mailbox.post, self.timeline)
 
     async def start(self) -> None:
         self._tasks.spawn(repeat(TICK_S, self._tick), "decode half: tick")
@@ -88,6 +90,9 @@ class DecodeHalf(BaseHalf):
     def staging_in_use(self) -> int:
         count = counters(self._protocol.state)
         return count.slots_in_flight + count.slots_quarantined
+
+    def transfer_totals(self) -> TransferTotals | None:
+        return self.timeline.totals()
 
     # ---- from routers
 
@@ -112,14 +117,26 @@ class DecodeHalf(BaseHalf):
             self._feed(mail)
 
     def _feed(self, event: kv.DecodeEvent) -> None:
-        if isinstance(event, kv.FromPrefill) and isinstance(event.message, Chunk):
-            self._note_receiving(event.message.lease.lease)
+        now = self._context.clock.now()
+        match event:
+            case kv.FromPrefill(message=Chunk() as chunk):
+                self._note_receiving(chunk.lease.lease)
+            case kv.FromPrefill(message=Commit() as commit):
+                self.timeline.committed(commit.lease.lease, now)
+            case kv.Received():
+                self.timeline.received(event.epoch, event.seq, now)
+            case kv.Unpacked():
+                self.timeline.verified(event.epoch, event.seq, now)
+            case kv.EpochDestroyed():
+                self.timeline.epoch_ended(event.epoch)
         self._protocol.feed(event)
 
     def _execute(self, action: kv.DecodeAction) -> None:
         match action:
             case kv.SendMessage(_, epoch, message):
                 assert isinstance(message, ChunksDone | Committed | AbortLease)
+                if isinstance(message, ChunksDone):
+                    self.timeline.done(epoch, message.through)
                 self._pairs.send(epoch, decode_frame(message))
             case kv.StartRecv():
                 self._pairs.get(action.epoch).link.start_recv(action)
@@ -148,6 +165,7 @@ class DecodeHalf(BaseHalf):
         attempt = self._attempts.get(engine_id(key))
         assert attempt is not None, f"{key} asks for blocks after its end"
         self._leases[lease] = _Lease(attempt)
+        self.timeline.reserved(lease)
         spec = attempt.spec
         self._context.engine.post(
             Reserve(
@@ -162,6 +180,7 @@ class DecodeHalf(BaseHalf):
         if isinstance(answer, Refusal):
             self._feed(kv.BlocksRefused(lease, answer.code, answer.reason))
             del self._leases[lease]
+            self.timeline.lease_ended(lease)
             return
         block_ids = self._leases[lease].block_ids = answer.block_table
         self._feed(kv.BlocksReserved(lease, answer.generation, answer.first_block, len(block_ids)))
@@ -174,6 +193,9 @@ class DecodeHalf(BaseHalf):
     def _admit(self, action: kv.Admit) -> None:
         """The blocks become the request's. From here the attempt is a local one."""
         attempt = self._leases.pop(action.lease.lease).attempt
+        self.timeline.admissible(
+            action.lease.lease, attempt.key.request_id, action.num_tokens, self._context.clock.now()
+        )
         for name in (events.TRANSFER_END, events.COMMITTED):
             self._attempts.note(attempt, name)
         self._attempts.flush(attempt)
@@ -184,6 +206,7 @@ class DecodeHalf(BaseHalf):
     def _release(self, lease: int) -> None:
         """Nothing writes to the blocks any more. An attempt that has not failed ended at its first token."""
         self._context.engine.post(Release(_reservation_id(lease)))
+        self.timeline.lease_ended(lease)
         self._attempts.end(self._leases.pop(lease).attempt)
 
     # ---- what the router hears

@@ -23,6 +23,7 @@ from kv_transfer.messages import Abort, Chunk, Commit, Finish
 from kv_transfer.packing import make_packer
 from kv_transfer.receiver import RecvEvent, RecvLink
 from kv_transfer.rendezvous import StoreServer
+from kv_transfer.timeline import Timeline, clock_domain
 from kv_transfer.wire import Heartbeat, Hello, Refused, Welcome, WireError, decode_frame, parse_prefill_frame
 from protos import transfer_pb2
 from protos.transfer_pb2_grpc import TransferServicer
@@ -42,11 +43,14 @@ class TransferService(TransferServicer):
         pairs: Pairs[transfer_pb2.DecodeFrame, RecvLink],
         on_message: Callable[[FromPrefill], None],
         on_transfer: Callable[[RecvEvent], None],
+        timeline: Timeline,
     ) -> None:
         self._context = context
         self._pairs = pairs
         self._on_message = on_message
         self._on_transfer = on_transfer
+        self._timeline = timeline
+        self._clock_domain = clock_domain()
         self._store = StoreServer(context.host)
         self._packer = make_packer(context.device)
         self._launch_lock = threading.Lock()
@@ -80,7 +84,8 @@ class TransferService(TransferServicer):
         except TransferError as error:
             logger.warning("no connection with %s: %s", hello.worker_id, error)
             return
-        await self._pairs.serve(pair, lambda: self._run(pair, frames, context))
+        shared_clock = bool(hello.clock_domain) and hello.clock_domain == self._clock_domain
+        await self._pairs.serve(pair, lambda: self._run(pair, frames, context, shared_clock))
 
     async def _read_hello(self, frames: PrefillFrames, context: Any) -> Hello:
         problem = "the stream did not begin with a hello"
@@ -117,12 +122,25 @@ class TransferService(TransferServicer):
         transport = await join_pair(
             self._context, self._launch_lock, self._backend, self._store.store, epoch, DECODE_RANK
         )
-        link = RecvLink(transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer)
+        link = RecvLink(
+            transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer, self._timeline
+        )
         return Pair(peer, epoch, link, config.window, config.slot_bytes)
 
-    async def _run(self, pair: Pair[transfer_pb2.DecodeFrame, RecvLink], frames: PrefillFrames, context: Any) -> str:
+    async def _run(
+        self,
+        pair: Pair[transfer_pb2.DecodeFrame, RecvLink],
+        frames: PrefillFrames,
+        context: Any,
+        shared_clock: bool,
+    ) -> str:
         def on_frame(frame: transfer_pb2.PrefillFrame) -> None:
+            now = self._context.clock.now()
             value = parse_prefill_frame(frame)
+            if isinstance(value, Chunk):
+                known = shared_clock and frame.chunk.HasField("written_at_s")
+                written_at = frame.chunk.written_at_s if known else None
+                self._timeline.announced(pair.epoch, value.seq, value.lease.lease, value.num_bytes, written_at, now)
             match value:
                 case Chunk() | Commit() | Finish() | Abort():
                     self._on_message(FromPrefill(pair.peer, pair.epoch, value))

@@ -108,12 +108,16 @@ class PrefillFailed:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The segment of `seq` lies in its send slot."""
+    """The segment of `seq` lies in its send slot.
+
+    `written_at`: when its KV was computed, by this process' monotonic clock. For measurements; the protocol ignores it.
+    """
 
     peer: str
     epoch: str
     seq: int
     fingerprints: tuple[int, ...]
+    written_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ the same bits as int64, whose arithmetic wraps modulo 2^64.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kv_transfer.messages import LeaseKey, Segment
@@ -62,7 +64,17 @@ def block_salts(lease: LeaseKey, seq: int, segment: Segment) -> list[int]:
     chunk = 0
     for value in (lease.lease, lease.generation, seq, segment.layer_start):
         chunk = splitmix64(chunk ^ value)
-    return [splitmix64(chunk ^ block) for block in range(segment.block_start, segment.block_end)]
+    blocks = np.arange(segment.block_start, segment.block_end, dtype=np.uint64)
+    salts: list[int] = _splitmix64_array(blocks ^ np.uint64(chunk)).tolist()
+    return salts
+
+
+def _splitmix64_array(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    z = values + np.uint64(_GAMMA)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
+    mixed: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 def word_multipliers(num_words: int, device: torch.device) -> torch.Tensor:

@@ -7,6 +7,7 @@ it within milliseconds, a stopped peer only at the timeout. After a timeout the 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +33,10 @@ def connect_gloo(
 
 
 class GlooTransport:
-    """See `PairTransport`. CUDA buffers are copied through host memory, which serves two workers on one GPU."""
+    """See `PairTransport`. CUDA buffers are copied through host memory, which serves two workers on one GPU.
+
+    An operation is started when it is waited for, so that one is in flight at a time.
+    """
 
     def __init__(self, group: PairGroup, peer: int, operation_timeout_s: float) -> None:
         self._group: PairGroup | None = group
@@ -41,16 +45,14 @@ class GlooTransport:
         self._closing = threading.Event()
         self._operation = threading.Lock()
 
-    def send(self, buffer: torch.Tensor) -> None:
-        self._run("send", buffer.cpu())
+    def start_send(self, buffer: torch.Tensor) -> GlooTransfer:
+        self._check("send")
+        host = buffer.cpu()
+        return GlooTransfer(lambda: self._run("send", host))
 
-    def recv(self, buffer: torch.Tensor) -> None:
-        if buffer.device.type == "cpu":
-            self._run("recv", buffer)
-            return
-        host = torch.empty(buffer.shape, dtype=buffer.dtype)
-        self._run("recv", host)
-        buffer.copy_(host)
+    def start_recv(self, buffer: torch.Tensor) -> GlooTransfer:
+        self._check("recv")
+        return GlooTransfer(lambda: self._recv(buffer))
 
     def close(self) -> None:
         """Waits for an operation in flight, at most until its timeout."""
@@ -63,14 +65,36 @@ class GlooTransport:
         finally:
             self._operation.release()
 
+    def _recv(self, buffer: torch.Tensor) -> None:
+        if buffer.device.type == "cpu":
+            self._run("recv", buffer)
+            return
+        host = torch.empty(buffer.shape, dtype=buffer.dtype)
+        self._run("recv", host)
+        buffer.copy_(host)
+
+    def _check(self, what: str) -> PairGroup:
+        if self._group is None or self._closing.is_set():
+            raise TransferError(f"gloo {what}: the connection is closed")
+        return self._group
+
     def _run(self, what: str, buffer: torch.Tensor) -> None:
         with self._operation:
-            if self._group is None or self._closing.is_set():
-                raise TransferError(f"gloo {what}: the connection is closed")
+            group = self._check(what)
             try:
-                start = self._group.send if what == "send" else self._group.recv
+                start = group.send if what == "send" else group.recv
                 start([buffer], self._peer, _TAG).wait(timedelta(seconds=self._timeout_s))
             except RuntimeError as error:
                 # Nothing may follow a failed operation: a late message would meet the wrong receive.
                 self._group = None
                 raise TransferError(f"gloo {what} of {buffer.numel()} bytes: {first_line(error)}") from None
+
+
+class GlooTransfer:
+    """See `Transfer`."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self._run = run
+
+    def wait(self) -> None:
+        self._run()

@@ -1,7 +1,8 @@
-"""What both ends of a KV connection share: two threads per epoch, one that copies and one that drives the wire.
+"""What both ends of a KV connection share: two lanes per epoch, one that copies and one that drives the wire.
 
-With two threads, packing chunk n + 1 overlaps sending chunk n, and unpacking chunk n overlaps receiving chunk n + 1.
-Each runs its jobs in the order in which they were asked for.
+With two lanes, packing chunk n + 1 overlaps sending chunk n, and unpacking chunk n overlaps receiving chunk n + 1. Each
+lane starts its jobs in the order in which they were asked for, and starts the next before the one before has ended: a
+second thread of the lane waits for the ends, in the same order.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from kv_transfer.transport import PairTransport, TransferError
 logger = logging.getLogger(__name__)
 
 E = TypeVar("E")
+T = TypeVar("T")
+Finish = Callable[[], E]  # waits for what was started; its outcome
 
 
 class _SlotAction(Protocol):
@@ -34,6 +37,19 @@ class _SlotAction(Protocol):
     def epoch(self) -> str: ...
     @property
     def slot(self) -> int: ...
+
+
+class Lane:
+    """A CUDA stream, the thread that launches on it, and the thread that waits for what was launched."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.stream = TransferStream(device)
+        self.starts = JobThread(f"{name} start")
+        self.ends = JobThread(f"{name} end")
+
+    def close(self, timeout_s: float) -> bool:
+        """End both threads; whether they ended in time."""
+        return self.starts.close(timeout_s) and self.ends.close(timeout_s)
 
 
 class Link(Generic[E]):
@@ -56,45 +72,56 @@ class Link(Generic[E]):
         self._close_timeout_s = close_timeout_s
         self._stopped = threading.Event()
         self._reporting = threading.RLock()
-        self._copy = JobThread(f"{name} copy")
-        self._wire = JobThread(f"{name} wire")
-        self._copy_stream = TransferStream(staging.device)
-        self._wire_stream = TransferStream(staging.device)
+        self._copy = Lane(f"{name} copy", staging.device)
+        self._wire = Lane(f"{name} wire", staging.device)
 
     def close(self) -> None:
-        """Destroy the epoch: end the operation in flight, drop what is queued, end the threads. Idempotent.
+        """Destroy the epoch: end the operations in flight, drop what is queued, end the threads. Idempotent.
 
-        From any thread but the link's own. Takes at most the transport's bound and the copy in progress. When it
+        From any thread but the link's own. Takes at most the transport's bound and the copies in progress. When it
         returns, nothing of the link can touch staging or KV any more; raises TransferError if that was not reached.
         """
         with self._reporting:
             self._stopped.set()
         self._transport.close()
-        for thread in (self._wire, self._copy):
-            if not thread.close(self._close_timeout_s):
+        for lane in (self._wire, self._copy):
+            if not lane.close(self._close_timeout_s):
                 raise TransferError(f"a transfer thread is still busy {self._close_timeout_s} s after close")
 
-    def _submit(self, thread: JobThread, action: _SlotAction, job: Callable[[], E]) -> None:
+    def _submit(self, lane: Lane, action: _SlotAction, start: Callable[[], Finish[E]]) -> None:
+        """`start` launches the job on the lane's stream and returns how to wait for it."""
         with self._reporting:
             if not self._stopped.is_set():
                 self._staging.hold(action.slot)
-                thread.submit(partial(self._execute, action, job))
+                lane.starts.submit(partial(self._start, lane, action, start))
 
-    def _execute(self, action: _SlotAction, job: Callable[[], E]) -> None:
-        try:
-            event = None if self._stopped.is_set() else job()
-        except TransferError as error:
-            self._lose(action, str(error))
-            return
-        except Exception as error:
-            logger.exception("transfer job failed: %s", action)
-            self._lose(action, f"{type(error).__name__} in a transfer job: {error}")
-            return
-        finally:
+    def _start(self, lane: Lane, action: _SlotAction, start: Callable[[], Finish[E]]) -> None:
+        finish: Finish[E] | None = None
+        if not self._stopped.is_set():
+            finish = self._attempt(action, start)
+        if finish is None:
             self._staging.release(action.slot)
+        else:
+            lane.ends.submit(partial(self._end, action, finish))
+
+    def _end(self, action: _SlotAction, finish: Finish[E]) -> None:
+        # Also once stopped: a copy on the device must be waited for before the link may be called closed.
+        event = self._attempt(action, finish)
+        self._staging.release(action.slot)
         with self._reporting:
             if event is not None and not self._stopped.is_set():
                 self._on_event(event)
+
+    def _attempt(self, action: _SlotAction, call: Callable[[], T]) -> T | None:
+        """The call's result; None when it failed, which ends the epoch."""
+        try:
+            return call()
+        except TransferError as error:
+            self._lose(action, str(error))
+        except Exception as error:
+            logger.exception("transfer job failed: %s", action)
+            self._lose(action, f"{type(error).__name__} in a transfer job: {error}")
+        return None
 
     def _lose(self, action: _SlotAction, reason: str) -> None:
         with self._reporting:
@@ -104,7 +131,7 @@ class Link(Generic[E]):
 
 
 class TransferStream:
-    """A CUDA stream for one transfer thread; on the CPU, nothing."""
+    """A CUDA stream for one lane; on the CPU, nothing."""
 
     def __init__(self, device: torch.device) -> None:
         # Zero is the lowest priority there is: the model's kernels go first wherever its stream has a higher one.

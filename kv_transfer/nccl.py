@@ -1,15 +1,16 @@
 """KV between GPUs: a two-rank NCCL communicator of one epoch.
 
-NCCL on one host does not notice a dead peer and has no timeout that spares the process, so each operation is watched
-here: its completion event is polled against a deadline, past which the communicator is aborted. The processes must run
-with the variables of `kv_transfer.connection.nccl_environment`.
+NCCL on one host does not notice a dead peer and has no timeout that spares the process, so operations are watched here:
+past its deadline the communicator is aborted. The processes must run with the variables of
+`kv_transfer.connection.nccl_environment`.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +23,8 @@ from kv_transfer.transport import PairGroup, TransferError, first_line, run_boun
 
 _TAG = 0
 _ABORT_TIMEOUT_S = 5.0
-_SHORT_POLL_S, _SHORT_POLLS, _LONG_POLL_S = 0.00005, 40, 0.0005
+_DRAIN_POLL_S = 0.001
+_WATCHES_PER_TIMEOUT = 8
 
 
 def connect_nccl(
@@ -70,6 +72,8 @@ class NcclTransport:
     """See `PairTransport`. Operations are ordered after the work on the caller's current CUDA stream.
 
     `launch_lock` is shared by all transports of a device: NCCL orders launches by the program order of one host thread.
+    Whoever waits for an operation blocks in its completion event; a watchdog of our own aborts the communicator when
+    the oldest operation is overdue, which makes the event fire.
     """
 
     def __init__(self, group: PairGroup, peer: int, operation_timeout_s: float, launch_lock: threading.Lock) -> None:
@@ -78,73 +82,86 @@ class NcclTransport:
         self._timeout_s = operation_timeout_s
         self._launch_lock = launch_lock
         self._closing = threading.Event()
-        self._operation = threading.Lock()
+        self._launching = threading.Lock()
         self._abort_lock = threading.Lock()
         self._aborted = False
         self._abort_failure = ""
-        self._in_flight: torch.cuda.Event | None = None
+        self._in_flight: deque[NcclTransfer] = deque()
+        threading.Thread(target=self._watch, name="NCCL watchdog", daemon=True).start()
 
-    def send(self, buffer: torch.Tensor) -> None:
-        self._run("send", buffer, self._launch_lock)
+    def start_send(self, buffer: torch.Tensor) -> NcclTransfer:
+        return self._start("send", buffer, self._launch_lock)
 
-    def recv(self, buffer: torch.Tensor) -> None:
-        self._run("recv", buffer, self._launch_lock)
+    def start_recv(self, buffer: torch.Tensor) -> NcclTransfer:
+        return self._start("recv", buffer, self._launch_lock)
 
     def exchange_first_byte(self, rank: int, device: torch.device) -> None:
         """From prefill to decode. Launched without the lock: a first operation blocks its host thread on the peer."""
         byte = torch.zeros(1, dtype=torch.uint8, device=device)
-        self._run("recv" if rank == 0 else "send", byte, nullcontext())
+        self._start("recv" if rank == 0 else "send", byte, nullcontext()).wait()
 
     def close(self) -> None:
-        """Aborts an operation in flight and waits until the GPU has left it. After TransferError, try again later."""
+        """Aborts what is in flight and waits until the GPU has left it. After TransferError, try again later."""
         self._closing.set()
         self._abort()
-        if not self._operation.acquire(timeout=2 * _ABORT_TIMEOUT_S):
-            raise TransferError("NCCL: an operation survived the abort of its communicator")
+        if not self._launching.acquire(timeout=2 * _ABORT_TIMEOUT_S):
+            raise TransferError("NCCL: a launch survived the abort of its communicator")
         try:
-            self._group = None
-            if self._in_flight is not None and not self._poll(self._in_flight, _ABORT_TIMEOUT_S, threading.Event()):
+            if not self._drained(_ABORT_TIMEOUT_S):
                 raise TransferError(f"NCCL: the GPU is still in an aborted operation {self._abort_failure}".rstrip())
-            self._in_flight = None
+            self._group = None
         except RuntimeError as error:
             raise TransferError(f"NCCL close: {first_line(error)}") from None
         finally:
-            self._operation.release()
+            self._launching.release()
 
-    def _run(self, what: str, buffer: torch.Tensor, launch_order: AbstractContextManager[object]) -> None:
-        with self._operation:
+    def _start(self, what: str, buffer: torch.Tensor, launch_order: AbstractContextManager[object]) -> NcclTransfer:
+        name = f"NCCL {what} of {buffer.numel()} bytes"
+        with self._launching:
             if self._group is None or self._aborted or self._closing.is_set():
-                raise TransferError(f"NCCL {what}: the connection is closed")
+                raise TransferError(f"{name}: the connection is closed")
             try:
                 with launch_order:
                     start = self._group.send if what == "send" else self._group.recv
                     start([buffer], self._peer, _TAG).wait()  # orders the current stream after it, blocks nothing
-                    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                     done.record()
-                self._in_flight = done
-                self._watch(done)
-                self._in_flight = None
-            except (RuntimeError, TransferError) as error:
+            except RuntimeError as error:
                 self._abort()
-                raise TransferError(f"NCCL {what} of {buffer.numel()} bytes: {first_line(error)}") from None
+                raise TransferError(f"{name}: {first_line(error)}") from None
+            transfer = NcclTransfer(self, name, done, time.monotonic() + self._timeout_s)
+            self._in_flight.append(transfer)
+            return transfer
 
-    def _watch(self, done: torch.cuda.Event) -> None:
-        """Wait for the operation; past its deadline or on `close`, abort and wait until the GPU has left it."""
-        if self._poll(done, self._timeout_s, self._closing):
-            return
+    def finish(self, transfer: NcclTransfer) -> None:
+        """Called by `NcclTransfer.wait` when its event has fired: by completion, or because of an abort."""
+        if self._aborted:
+            reason = "closed" if self._closing.is_set() else f"not complete within {self._timeout_s} s"
+            raise TransferError(f"{transfer.name}: {reason}")
+        with suppress(ValueError):  # `close` may have emptied it meanwhile
+            self._in_flight.remove(transfer)
+
+    def abort(self) -> None:
+        """End the epoch because of a failure."""
         self._abort()
-        self._poll(done, _ABORT_TIMEOUT_S, threading.Event())
-        raise TransferError("closed" if self._closing.is_set() else f"not complete within {self._timeout_s} s")
 
-    @staticmethod
-    def _poll(done: torch.cuda.Event, timeout_s: float, stop: threading.Event) -> bool:
-        """Whether `done` fired within the time and before `stop`. A CUDA event cannot wake a thread with a deadline."""
+    def _watch(self) -> None:
+        """The watchdog's thread: looks at the oldest operation, late by at most an eighth of the timeout."""
+        while not self._closing.wait(self._timeout_s / _WATCHES_PER_TIMEOUT):
+            oldest = next(iter(tuple(self._in_flight)), None)
+            if oldest is not None and time.monotonic() > oldest.deadline and not oldest.is_complete():
+                self._abort()
+                return
+
+    def _drained(self, timeout_s: float) -> bool:
+        """Whether the GPU has left all operations, waiting for it within the time."""
         deadline = time.monotonic() + timeout_s
-        polls = 0
-        while not done.query():  # type: ignore[no-untyped-call]
-            polls += 1
-            if stop.wait(_SHORT_POLL_S if polls < _SHORT_POLLS else _LONG_POLL_S) or time.monotonic() > deadline:
+        wait = threading.Event().wait
+        while not all(transfer.is_complete() for transfer in tuple(self._in_flight)):
+            if time.monotonic() > deadline:
                 return False
+            wait(_DRAIN_POLL_S)
+        self._in_flight.clear()
         return True
 
     def _abort(self) -> None:
@@ -156,3 +173,24 @@ class NcclTransport:
                 run_bounded(group.abort, _ABORT_TIMEOUT_S, "NCCL abort")
             except TransferError as error:
                 self._abort_failure = f"({error})"
+
+
+class NcclTransfer:
+    """See `Transfer`."""
+
+    def __init__(self, transport: NcclTransport, name: str, done: torch.cuda.Event, deadline: float) -> None:
+        self._transport = transport
+        self._done = done
+        self.name = name
+        self.deadline = deadline
+
+    def wait(self) -> None:
+        try:
+            self._done.synchronize()  # lets other threads run, and sleeps instead of spinning
+        except RuntimeError as error:
+            self._transport.abort()
+            raise TransferError(f"{self.name}: {first_line(error)}") from None
+        self._transport.finish(self)
+
+    def is_complete(self) -> bool:
+        return bool(self._done.query())  # type: ignore[no-untyped-call]

@@ -1,33 +1,43 @@
 """Packing: KV blocks to and from the contiguous form in which a segment travels, with a fingerprint per block.
 
 A segment in staging is [num_layers_in_segment, 2, num_blocks_in_segment, block_size, num_kv_heads, head_dim]. Packers
-are called on a transfer thread; on CUDA they work on its current stream and return when that work is done.
+are called on a transfer thread; on CUDA they launch on its current stream.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 
 from kv_transfer.fingerprint import WORD_BYTES, salt_tensor, splitmix64_tensor, unsigned, word_multipliers
 from kv_transfer.messages import Segment
 
+T_co = TypeVar("T_co", covariant=True)
+
 _WORD_MASK = 0xFFFFFFFF
+
+
+class Copy(Protocol[T_co]):
+    """A pack or unpack under way."""
+
+    def wait(self) -> T_co:
+        """Blocks until it is done; its result. Once, from any thread."""
+        ...
 
 
 class Packer(Protocol):
     """`kv_cache` is the whole cache, `block_ids` the physical blocks of the segment in logical order."""
 
-    def pack(
+    def start_pack(
         self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: list[int]
-    ) -> list[int]:
-        """Gather the segment into `out`, uint8 [segment bytes], and return one fingerprint per block."""
+    ) -> Copy[list[int]]:
+        """Gather the segment into `out`, uint8 [segment bytes]; the result is one fingerprint per block."""
         ...
 
-    def unpack(
+    def start_unpack(
         self,
         kv_cache: torch.Tensor,
         segment: Segment,
@@ -35,19 +45,45 @@ class Packer(Protocol):
         data: torch.Tensor,
         salts: list[int],
         expected: Sequence[int],
-    ) -> bool:
-        """Scatter `data` into the blocks; whether its fingerprints are the expected ones.
+    ) -> Copy[bool]:
+        """Scatter `data` into the blocks; the result is whether its fingerprints are the expected ones.
 
         After False the blocks' content is undefined on CUDA (one pass hashes and scatters) and untouched on the CPU.
         """
         ...
 
 
+class Done(Generic[T_co]):
+    """A copy that has ended already."""
+
+    def __init__(self, result: T_co) -> None:
+        self._result = result
+
+    def wait(self) -> T_co:
+        return self._result
+
+
 class TorchPacker:
-    """The reference, for CPU tensors: verifies before it scatters."""
+    """The reference, for CPU tensors: verifies before it scatters, and has ended when it returns."""
 
     def __init__(self) -> None:
         self._multipliers: dict[int, torch.Tensor] = {}
+
+    def start_pack(
+        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: list[int]
+    ) -> Copy[list[int]]:
+        return Done(self.pack(kv_cache, segment, block_ids, out, salts))
+
+    def start_unpack(
+        self,
+        kv_cache: torch.Tensor,
+        segment: Segment,
+        block_ids: Sequence[int],
+        data: torch.Tensor,
+        salts: list[int],
+        expected: Sequence[int],
+    ) -> Copy[bool]:
+        return Done(self.unpack(kv_cache, segment, block_ids, data, salts, expected))
 
     def pack(
         self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: list[int]

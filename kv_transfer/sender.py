@@ -5,10 +5,12 @@ The prefill coordinator makes one per epoch and executes the protocol's Pack and
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from kv_transfer.device_clock import DeviceClock
 from kv_transfer.events import Pack, Packed, PeerLost, SendDone, StartSend
 from kv_transfer.fingerprint import block_salts
 from kv_transfer.link import Link
@@ -35,32 +37,47 @@ class SendLink(Link[Packed | SendDone]):
         self._packer = packer
         self._kv_cache = kv_cache
         self._packed_bytes: dict[int, int] = {}
+        self._clock = DeviceClock(staging.device)
 
     def pack(self, action: Pack, block_ids: Sequence[int], event: torch.cuda.Event | None) -> None:
         """Gather the segment's blocks into its slot once `event` has fired; then Packed.
 
         `block_ids`: physical blocks of the segment in logical order; they must stay as they are until Packed.
         """
-        self._submit(self._copy, action, lambda: self._pack(action, block_ids, event))
+        self._submit(self._copy, action, lambda: self._start_pack(action, block_ids, event))
 
     def start_send(self, action: StartSend) -> None:
         """Send a packed slot; then SendDone."""
-        self._submit(self._wire, action, lambda: self._send(action))
+        self._submit(self._wire, action, lambda: self._start_send(action))
 
-    def _pack(self, action: Pack, block_ids: Sequence[int], event: torch.cuda.Event | None) -> Packed:
+    def _start_pack(
+        self, action: Pack, block_ids: Sequence[int], event: torch.cuda.Event | None
+    ) -> Callable[[], Packed]:
         num_bytes = self._staging.layout.segment_bytes(action.segment.num_layers, action.segment.num_blocks)
         out = self._staging.slot(action.slot)[:num_bytes]
         salts = block_salts(action.lease, action.seq, action.segment)
-        with self._copy_stream.after(event):
-            fingerprints = self._packer.pack(self._kv_cache, action.segment, block_ids, out, salts)
-        self._packed_bytes[action.slot] = num_bytes
-        return Packed(action.peer, action.epoch, action.seq, tuple(fingerprints))
+        asked_at = time.monotonic()
+        with self._copy.stream.after(event):
+            copy = self._packer.start_pack(self._kv_cache, action.segment, block_ids, out, salts)
 
-    def _send(self, action: StartSend) -> SendDone:
+        def finish() -> Packed:
+            fingerprints = tuple(copy.wait())
+            self._packed_bytes[action.slot] = num_bytes
+            written_at = asked_at if event is None else self._clock.time_of(event)
+            return Packed(action.peer, action.epoch, action.seq, fingerprints, written_at)
+
+        return finish
+
+    def _start_send(self, action: StartSend) -> Callable[[], SendDone]:
         # Gloo ends the receiving process when more bytes come than it asked for: never send another number.
         packed = self._packed_bytes.pop(action.slot, None)
         if packed != action.num_bytes:
             raise TransferError(f"slot {action.slot} holds {packed} packed bytes, asked to send {action.num_bytes}")
-        with self._wire_stream.after(None):
-            self._transport.send(self._staging.slot(action.slot)[: action.num_bytes])
-        return SendDone(action.peer, action.epoch, action.seq)
+        with self._wire.stream.after(None):
+            transfer = self._transport.start_send(self._staging.slot(action.slot)[: action.num_bytes])
+
+        def finish() -> SendDone:
+            transfer.wait()
+            return SendDone(action.peer, action.epoch, action.seq)
+
+        return finish

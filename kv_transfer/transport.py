@@ -19,20 +19,31 @@ class TransferError(BatonError):
     """A transfer or a connection failed; the epoch cannot be used any more. The text says what was going on."""
 
 
+class Transfer(Protocol):
+    """One send or receive under way."""
+
+    def wait(self) -> None:
+        """Returns when the buffer may be reused (send) or holds the data (receive). Once, from any one thread.
+
+        Raises TransferError on failure or past the operation timeout.
+        """
+        ...
+
+
 class PairTransport(Protocol):
     """One epoch of the connection between a prefill and a decode worker.
 
-    `send` and `recv` are called from one transfer thread, `close` from any. Buffers are flat, contiguous, uint8, on the
-    transport's device, and both ends must name the same size: gloo takes a shorter message silently, and a longer one
-    ends the process.
+    Operations are started by one transfer thread, complete in that order, and may be waited for by another; `close` is
+    for any. Buffers are flat, contiguous, uint8, on the transport's device, and both ends must name the same size: gloo
+    takes a shorter message silently, and a longer one ends the process.
     """
 
-    def send(self, buffer: torch.Tensor) -> None:
-        """Returns when the buffer may be reused. Raises TransferError on failure or past the operation timeout."""
+    def start_send(self, buffer: torch.Tensor) -> Transfer:
+        """Launch a send. On CUDA it follows the work on the current stream. Raises TransferError."""
         ...
 
-    def recv(self, buffer: torch.Tensor) -> None:
-        """Returns when the buffer holds the data. Raises TransferError on failure or past the operation timeout."""
+    def start_recv(self, buffer: torch.Tensor) -> Transfer:
+        """Launch a receive. On CUDA it follows the work on the current stream. Raises TransferError."""
         ...
 
     def close(self) -> None:

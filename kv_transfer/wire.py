@@ -48,10 +48,11 @@ BACKENDS = ("gloo", "nccl")
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First frame of the prefill end."""
+    """First frame of the prefill end. `clock_domain`: see `kv_transfer.timeline`."""
 
     worker_id: str
     layout: KVLayout
+    clock_domain: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,8 @@ def prefill_frame(value: PrefillValue) -> pb.PrefillFrame:
             return pb.PrefillFrame(finish=pb.Finish(lease=number, generation=generation))
         case Abort():
             return pb.PrefillFrame(abort=_abort_to_proto(value))
-        case Hello(worker_id, layout):
-            hello = pb.TransferHello(worker_id=text("TransferHello.worker_id", worker_id), layout=layout_proto(layout))
-            return pb.PrefillFrame(hello=hello)
+        case Hello():
+            return pb.PrefillFrame(hello=_hello_to_proto(value))
         case Heartbeat():
             return pb.PrefillFrame(heartbeat=_heartbeat_to_proto(value))
 
@@ -118,7 +118,7 @@ def parse_prefill_frame(frame: pb.PrefillFrame) -> PrefillValue:
             return _parse_abort(frame.abort)
         case "hello":
             worker_id = text("TransferHello.worker_id", frame.hello.worker_id)
-            return Hello(worker_id, parse_layout(frame.hello.layout))
+            return Hello(worker_id, parse_layout(frame.hello.layout), frame.hello.clock_domain)
         case "heartbeat":
             return Heartbeat(frame.heartbeat.sequence)
         case None:
@@ -169,6 +169,11 @@ def parse_decode_frame(frame: pb.DecodeFrame) -> DecodeValue:
 # ---- the parts of a frame
 
 
+def _hello_to_proto(hello: Hello) -> pb.TransferHello:
+    worker_id = text("TransferHello.worker_id", hello.worker_id)
+    return pb.TransferHello(worker_id=worker_id, layout=layout_proto(hello.layout), clock_domain=hello.clock_domain)
+
+
 def _chunk_to_proto(chunk: Chunk) -> pb.Chunk:
     _check_chunk(chunk)
     lease, generation = _lease_to_wire("Chunk", chunk.lease)
@@ -204,8 +209,8 @@ def _check_chunk(chunk: Chunk) -> None:
     within("Chunk.num_bytes", chunk.num_bytes, 1, U64)
     if len(chunk.fingerprints) != segment.num_blocks:
         raise WireError("Chunk.fingerprints", f"has {len(chunk.fingerprints)} values for {segment.num_blocks} blocks")
-    for value in chunk.fingerprints:
-        within("Chunk.fingerprints", value, 0, U64)
+    within("Chunk.fingerprints", min(chunk.fingerprints), 0, U64)
+    within("Chunk.fingerprints", max(chunk.fingerprints), 0, U64)
 
 
 def _commit_to_proto(commit: Commit) -> pb.Commit:

@@ -25,6 +25,7 @@ from kv_transfer.messages import Abort, ChunksDone, Committed
 from kv_transfer.packing import make_packer
 from kv_transfer.rendezvous import connect_store
 from kv_transfer.sender import SendEvent, SendLink
+from kv_transfer.timeline import clock_domain
 from kv_transfer.wire import (
     DecodeValue,
     Heartbeat,
@@ -97,7 +98,7 @@ class Dialer:
         self._stores.pop(worker_id, None)
 
     async def _greet(self, call: Any, worker_id: str) -> Welcome:
-        hello = Hello(self._context.worker_id, self._context.layout)
+        hello = Hello(self._context.worker_id, self._context.layout, clock_domain())
         async with asyncio.timeout(self._timeout_s):
             await call.write(prefill_frame(hello))
             answer = await _read(call)

@@ -65,6 +65,7 @@ class PrefillHalf(BaseHalf):
         self._attempts = context.attempts
         self._layout = context.layout
         self._handovers: dict[str, _HandOver] = {}
+        self._written_at: dict[tuple[str, int], float] = {}  # by epoch and seq, from Packed to its Chunk
         self._tasks = Tasks()
         self._protocol: Coordinator[PrefillState, kv.PrefillEvent, kv.PrefillAction] = Coordinator(
             PrefillState.initial(), prefill_step, self._execute, context.faults
@@ -156,6 +157,10 @@ class PrefillHalf(BaseHalf):
         self._feed(kv.Tick(self._context.clock.now()))
 
     def _feed(self, event: kv.PrefillEvent) -> None:
+        if isinstance(event, kv.Packed) and event.written_at is not None:
+            self._written_at[event.epoch, event.seq] = event.written_at
+        if isinstance(event, kv.EpochDestroyed):
+            self._written_at = {key: at for key, at in self._written_at.items() if key[0] != event.epoch}
         if isinstance(event, kv.FromDecode) and isinstance(event.message, Committed):
             self._note_of_lease(event.peer, event.message.lease, events.COMMITTED)
         self._protocol.feed(event)
@@ -202,7 +207,12 @@ class PrefillHalf(BaseHalf):
         assert isinstance(message, Chunk | Commit | Finish | AbortLease)
         if isinstance(message, Commit):
             self._note_of_lease(action.peer, message.lease, events.TRANSFER_END)
-        self._pairs.send(action.epoch, prefill_frame(message))
+        frame = prefill_frame(message)
+        if isinstance(message, Chunk):
+            written_at = self._written_at.pop((action.epoch, message.seq), None)
+            if written_at is not None:
+                frame.chunk.written_at_s = written_at
+        self._pairs.send(action.epoch, frame)
 
     def _release(self, id_: str) -> None:
         """Nothing reads the blocks any more. An attempt that has not failed is complete: decode goes on with it."""

@@ -71,7 +71,10 @@ class TransferHello(_message.Message):
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
+    CLOCK_DOMAIN_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    clock_domain: _builtins.str
+    """names the monotonic clock; equal on one machine"""
     @_builtins.property
     def layout(self) -> _worker_pb2.KVLayout: ...
     def __init__(
@@ -79,10 +82,11 @@ class TransferHello(_message.Message):
         *,
         worker_id: _builtins.str = ...,
         layout: _worker_pb2.KVLayout | None = ...,
+        clock_domain: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_domain", b"clock_domain", "layout", b"layout", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -103,6 +107,7 @@ class Chunk(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     FINGERPRINTS_FIELD_NUMBER: _builtins.int
+    WRITTEN_AT_S_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """per epoch, from 0, without gaps"""
     lease: _builtins.int
@@ -114,6 +119,8 @@ class Chunk(_message.Message):
     """logical blocks [block_start, block_start + num_blocks) of the prompt"""
     num_blocks: _builtins.int
     num_bytes: _builtins.int
+    written_at_s: _builtins.float
+    """sender's monotonic clock when this KV was computed; for measurements only"""
     @_builtins.property
     def fingerprints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """one per block, salted; see kv_transfer/fingerprint.py"""
@@ -130,12 +137,15 @@ class Chunk(_message.Message):
         num_blocks: _builtins.int = ...,
         num_bytes: _builtins.int = ...,
         fingerprints: _abc.Iterable[_builtins.int] | None = ...,
+        written_at_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_written_at_s", b"_written_at_s", "written_at_s", b"written_at_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_start", b"block_start", "fingerprints", b"fingerprints", "generation", b"generation", "layer_end", b"layer_end", "layer_start", b"layer_start", "lease", b"lease", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_written_at_s", b"_written_at_s", "block_start", b"block_start", "fingerprints", b"fingerprints", "generation", b"generation", "layer_end", b"layer_end", "layer_start", b"layer_start", "lease", b"lease", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "seq", b"seq", "written_at_s", b"written_at_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__written_at_s: _TypeAlias = _typing.Literal["written_at_s"]  # noqa: Y015
+    _WhichOneofArgType__written_at_s: _TypeAlias = _typing.Literal["_written_at_s", b"_written_at_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__written_at_s) -> _WhichOneofReturnType__written_at_s | None: ...
 
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 

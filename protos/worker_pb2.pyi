@@ -900,6 +900,7 @@ class WorkerHeartbeat(_message.Message):
     QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     IDLE_OR_PROGRESS_AGE_S_FIELD_NUMBER: _builtins.int
+    TRANSFERS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     num_waiting: _builtins.int
     num_running: _builtins.int
@@ -912,6 +913,10 @@ class WorkerHeartbeat(_message.Message):
     def blocks(self) -> Global___BlockCounts: ...
     @_builtins.property
     def timing(self) -> Global___StepTiming: ...
+    @_builtins.property
+    def transfers(self) -> Global___TransferTotals:
+        """of a worker that receives KV"""
+
     def __init__(
         self,
         *,
@@ -923,11 +928,80 @@ class WorkerHeartbeat(_message.Message):
         queued_prefill_tokens: _builtins.int = ...,
         steps: _builtins.int = ...,
         idle_or_progress_age_s: _builtins.float = ...,
+        transfers: Global___TransferTotals | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "timing", b"timing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "timing", b"timing", "transfers", b"transfers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "idle_or_progress_age_s", b"idle_or_progress_age_s", "num_running", b"num_running", "num_waiting", b"num_waiting", "queued_prefill_tokens", b"queued_prefill_tokens", "sequence", b"sequence", "steps", b"steps", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "idle_or_progress_age_s", b"idle_or_progress_age_s", "num_running", b"num_running", "num_waiting", b"num_waiting", "queued_prefill_tokens", b"queued_prefill_tokens", "sequence", b"sequence", "steps", b"steps", "timing", b"timing", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerHeartbeat: _TypeAlias = WorkerHeartbeat  # noqa: Y015
+
+@_typing.final
+class TransferTotals(_message.Message):
+    """What a worker has received since its start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_CHUNKS_FIELD_NUMBER: _builtins.int
+    NUM_HAND_OVERS_FIELD_NUMBER: _builtins.int
+    RECEIVE_POSTED_FIELD_NUMBER: _builtins.int
+    EXPOSED_FIELD_NUMBER: _builtins.int
+    num_bytes: _builtins.int
+    num_chunks: _builtins.int
+    num_hand_overs: _builtins.int
+    @_builtins.property
+    def receive_posted(self) -> Global___SecondsHistogram:
+        """from a chunk's announcement to its receive"""
+
+    @_builtins.property
+    def exposed(self) -> Global___SecondsHistogram:
+        """from the end of prefill's last layer to verified and admissible"""
+
+    def __init__(
+        self,
+        *,
+        num_bytes: _builtins.int = ...,
+        num_chunks: _builtins.int = ...,
+        num_hand_overs: _builtins.int = ...,
+        receive_posted: Global___SecondsHistogram | None = ...,
+        exposed: Global___SecondsHistogram | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exposed", b"exposed", "receive_posted", b"receive_posted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed", b"exposed", "num_bytes", b"num_bytes", "num_chunks", b"num_chunks", "num_hand_overs", b"num_hand_overs", "receive_posted", b"receive_posted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferTotals: _TypeAlias = TransferTotals  # noqa: Y015
+
+@_typing.final
+class SecondsHistogram(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOUNDS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    total: _builtins.float
+    @_builtins.property
+    def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """one more than bounds: the last counts what is above all of them"""
+
+    def __init__(
+        self,
+        *,
+        bounds: _abc.Iterable[_builtins.float] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        total: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds", b"bounds", "counts", b"counts", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecondsHistogram: _TypeAlias = SecondsHistogram  # noqa: Y015

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from protos import worker_pb2 as pb
+from router.transfer_metrics import TransferMetrics
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 10)
@@ -61,6 +62,8 @@ class Metrics:
         self.staging = Gauge("baton_staging_slots_in_use", "Staging slots in use", ["worker"], registry=registry)
         self.worker_running = Gauge("baton_worker_requests_running", "In the batch", ["worker"], registry=registry)
         self.worker_waiting = Gauge("baton_worker_requests_waiting", "In its queue", ["worker"], registry=registry)
+        self.transfers = TransferMetrics()
+        registry.register(self.transfers)
 
     def on_worker(self, worker_id: str, role: str) -> None:
         self.worker_up.labels(worker_id, role).set(1)
@@ -71,6 +74,8 @@ class Metrics:
         self.staging.labels(worker_id).set(beat.blocks.staging_in_use)
         self.worker_running.labels(worker_id).set(beat.num_running)
         self.worker_waiting.labels(worker_id).set(beat.num_waiting)
+        if beat.HasField("transfers"):
+            self.transfers.update(worker_id, beat.transfers)
 
     def on_worker_lost(self, worker_id: str, role: str) -> None:
         """Drop the worker's series: a restarted one has a new id, and old ids must not pile up."""
@@ -78,6 +83,7 @@ class Metrics:
         self.worker_up.remove_by_labels({"worker": worker_id})
         for gauge in (self.blocks, self.staging, self.worker_running, self.worker_waiting):
             gauge.remove_by_labels({"worker": worker_id})
+        self.transfers.remove(worker_id)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -175,5 +175,6 @@ class Runner:
     def _record_event(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
             return None
-        event: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
         return event

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Sequence
 
 from baton.common.config import BatonConfig, FaultSettings
 from baton.engine.build import build_engine
 from baton.worker.half import HalfFactory
 from baton.worker.shell import WorkerShell
+
+# The engine thread computes in Python between launches. Threads that move KV or answer peers, which want the
+# interpreter for microseconds, would wait for it up to this long at every turn; CPython's default is 5 ms.
+SWITCH_INTERVAL_S = 0.0005
 
 
 class WorkerActor:
@@ -29,6 +34,7 @@ class WorkerActor:
         """
         async with self._starting:
             if self._shell is None:
+                sys.setswitchinterval(SWITCH_INTERVAL_S)
                 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
                 config = BatonConfig.model_validate_json(config_json)
                 host = config.cluster.worker_host or default_host

@@ -17,7 +17,7 @@ import torch
 
 from baton.common.config import ChaosConfig, FaultSettings
 from baton.common.errors import ConfigError
-from kv_transfer.transport import PairTransport
+from kv_transfer.transport import PairTransport, Transfer
 
 T = TypeVar("T")
 
@@ -116,17 +116,33 @@ class FaultyTransport:
         self._generator = generator
         self._closing = threading.Event()
 
-    def send(self, buffer: torch.Tensor) -> None:
+    def start_send(self, buffer: torch.Tensor) -> Transfer:
         rate = self._injector.settings.bytes_per_s
         if rate:
             self._closing.wait(buffer.numel() / rate)
-        self._transport.send(buffer)
+        return self._transport.start_send(buffer)
 
-    def recv(self, buffer: torch.Tensor) -> None:
-        self._transport.recv(buffer)
-        if self._generator.random() < self._injector.settings.corruption:
-            buffer[self._generator.randrange(buffer.numel())] ^= 1 << self._generator.randrange(8)
+    def start_recv(self, buffer: torch.Tensor) -> Transfer:
+        return _FaultyReceive(self._transport.start_recv(buffer), buffer, self._injector, self._generator)
 
     def close(self) -> None:
         self._closing.set()
         self._transport.close()
+
+
+class _FaultyReceive:
+    """See `Transfer`: a bit may differ from what was sent."""
+
+    def __init__(
+        self, receive: Transfer, buffer: torch.Tensor, injector: FaultInjector, generator: random.Random
+    ) -> None:
+        self._receive = receive
+        self._buffer = buffer
+        self._injector = injector
+        self._generator = generator
+
+    def wait(self) -> None:
+        self._receive.wait()
+        if self._generator.random() < self._injector.settings.corruption:
+            buffer = self._buffer
+            buffer[self._generator.randrange(buffer.numel())] ^= 1 << self._generator.randrange(8)

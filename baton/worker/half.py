@@ -22,6 +22,7 @@ from baton.worker.attempts import Attempt, AttemptOwner, Attempts
 from baton.worker.chaos_hooks import Injector
 from baton.worker.faults import Faults
 from baton.worker.session import RouterSession
+from kv_transfer.timeline import TransferTotals
 from protos import worker_pb2 as pb
 
 AttemptCommand = pb.GenerateCommand | pb.OpenCommand | pb.PrefillCommand
@@ -96,6 +97,10 @@ class Half(AttemptOwner, Protocol):
         """Staging slots that hold or await a chunk."""
         ...
 
+    def transfer_totals(self) -> TransferTotals | None:
+        """What this half has received; None of a half that receives nothing."""
+        ...
+
     async def start(self) -> None: ...
 
     async def stop(self) -> None:
@@ -140,6 +145,9 @@ class BaseHalf:
 
     def staging_in_use(self) -> int:
         return 0
+
+    def transfer_totals(self) -> TransferTotals | None:
+        return None
 
     async def start(self) -> None:
         pass

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from baton.engine.ports import BlockCounts, EngineStats
 from baton.worker.half import Half
 from baton.worker.step_timing import StepTime
+from kv_transfer.timeline import Histogram, TransferTotals
 from protos import worker_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -15,7 +16,8 @@ STALLED_AFTER_S = 30.0
 MAX_FAILED_STEPS = 3
 
 
-def heartbeat(sequence: int, stats: EngineStats, timing: StepTime, halves: Iterable[Half]) -> pb.WorkerHeartbeat:
+def heartbeat(sequence: int, stats: EngineStats, timing: StepTime, halves: Sequence[Half]) -> pb.WorkerHeartbeat:
+    totals = [of_half for half in halves if (of_half := half.transfer_totals()) is not None]
     return pb.WorkerHeartbeat(
         sequence=sequence,
         blocks=_blocks(stats.blocks, sum(half.staging_in_use() for half in halves)),
@@ -30,6 +32,7 @@ def heartbeat(sequence: int, stats: EngineStats, timing: StepTime, halves: Itera
         queued_prefill_tokens=stats.queued_prefill_tokens,
         steps=stats.steps,
         idle_or_progress_age_s=stats.progress_age,
+        transfers=_transfers(totals[0]) if totals else None,
     )
 
 
@@ -64,3 +67,17 @@ def _blocks(blocks: BlockCounts, staging_in_use: int) -> pb.BlockCounts:
         total=blocks.total,
         staging_in_use=staging_in_use,
     )
+
+
+def _transfers(totals: TransferTotals) -> pb.TransferTotals:
+    return pb.TransferTotals(
+        num_bytes=totals.num_bytes,
+        num_chunks=totals.num_chunks,
+        num_hand_overs=totals.num_hand_overs,
+        receive_posted=_histogram(totals.receive_posted),
+        exposed=_histogram(totals.exposed),
+    )
+
+
+def _histogram(histogram: Histogram) -> pb.SecondsHistogram:
+    return pb.SecondsHistogram(bounds=histogram.bounds, counts=histogram.counts, total=histogram.total)

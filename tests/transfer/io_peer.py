@@ -17,7 +17,7 @@ from tests.transfer.io_support import join
 
 def main(host: str, port: str, epoch: str) -> None:
     transport = join(connect_store(host, int(port), 20.0), epoch, PREFILL_RANK, host)
-    transport.send(torch.ones(1, dtype=torch.uint8))
+    transport.start_send(torch.ones(1, dtype=torch.uint8)).wait()
     threading.Event().wait()
 
 

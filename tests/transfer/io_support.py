@@ -52,6 +52,14 @@ def join(
     )
 
 
+def send(transport: PairTransport, buffer: torch.Tensor) -> None:
+    transport.start_send(buffer).wait()
+
+
+def recv(transport: PairTransport, buffer: torch.Tensor) -> None:
+    transport.start_recv(buffer).wait()
+
+
 @contextmanager
 def gloo_pair(
     operation_timeout_s: float = 5.0, host: str = "127.0.0.1"

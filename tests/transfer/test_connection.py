@@ -16,7 +16,7 @@ from baton.common.errors import ConfigError
 from kv_transfer.connection import DECODE_RANK, PREFILL_RANK, connect
 from kv_transfer.rendezvous import StoreServer, connect_store
 from kv_transfer.transport import PairTransport, TransferError, run_bounded
-from tests.transfer.io_support import CPU, WAIT_S, gloo_pair, join, listening_addresses
+from tests.transfer.io_support import CPU, WAIT_S, gloo_pair, join, listening_addresses, recv, send
 
 torch.set_num_threads(1)
 
@@ -125,10 +125,10 @@ def test_a_backend_that_cannot_work_here_is_a_configuration_error(backend: str) 
 def test_bytes_arrive_in_order() -> None:
     messages = [bytes_of(size, seed) for seed, size in enumerate([1, 4096, 3 << 20])]
     with gloo_pair() as (decode, prefill), ThreadPoolExecutor(1) as pool:
-        sent = [pool.submit(prefill.send, message) for message in messages]
+        sent = [pool.submit(send, prefill, message) for message in messages]
         for message in messages:
             buffer = torch.zeros_like(message)
-            decode.recv(buffer)
+            decode.start_recv(buffer).wait()
             assert torch.equal(buffer, message)
         for each in sent:
             each.result(WAIT_S)
@@ -138,17 +138,17 @@ def test_an_operation_without_a_partner_ends_at_its_timeout_and_ends_the_epoch()
     with gloo_pair(operation_timeout_s=0.5) as (decode, prefill):
         start = time.monotonic()
         with pytest.raises(TransferError, match="recv of 8 bytes"):
-            decode.recv(torch.zeros(8, dtype=torch.uint8))
+            decode.start_recv(torch.zeros(8, dtype=torch.uint8)).wait()
         assert 0.4 < time.monotonic() - start < 2.0
         with pytest.raises(TransferError, match="closed"):
-            decode.recv(torch.zeros(8, dtype=torch.uint8))
+            decode.start_recv(torch.zeros(8, dtype=torch.uint8)).wait()
         with pytest.raises(TransferError, match="send of 8 bytes"):
-            prefill.send(torch.zeros(8, dtype=torch.uint8))
+            prefill.start_send(torch.zeros(8, dtype=torch.uint8)).wait()
 
 
 def test_close_under_a_blocked_receive_ends_both_within_the_operation_timeout() -> None:
     with gloo_pair(operation_timeout_s=1.0) as (decode, _), ThreadPoolExecutor(1) as pool:
-        receive = pool.submit(decode.recv, torch.zeros(8, dtype=torch.uint8))
+        receive = pool.submit(recv, decode, torch.zeros(8, dtype=torch.uint8))
         with pytest.raises(TimeoutError):
             receive.result(0.2)
         start = time.monotonic()
@@ -160,7 +160,7 @@ def test_close_under_a_blocked_receive_ends_both_within_the_operation_timeout() 
 
 def test_the_peers_close_ends_a_blocked_receive_at_once() -> None:
     with gloo_pair(operation_timeout_s=30.0) as (decode, prefill), ThreadPoolExecutor(1) as pool:
-        receive = pool.submit(decode.recv, torch.zeros(8, dtype=torch.uint8))
+        receive = pool.submit(recv, decode, torch.zeros(8, dtype=torch.uint8))
         prefill.close()
         with pytest.raises(TransferError):
             receive.result(5.0)
@@ -172,7 +172,7 @@ def test_a_closed_end_refuses_and_closes_again() -> None:
             end.close()
             end.close()
             with pytest.raises(TransferError, match="closed"):
-                end.send(bytes_of(1))
+                end.start_send(bytes_of(1)).wait()
 
 
 def test_a_new_epoch_works_after_a_failed_one() -> None:
@@ -184,12 +184,12 @@ def test_a_new_epoch_works_after_a_failed_one() -> None:
             ends = [join(store, epoch, DECODE_RANK, operation_timeout_s=0.2), other.result(WAIT_S)]
             if epoch == "first":
                 with pytest.raises(TransferError):
-                    ends[0].recv(torch.zeros(1, dtype=torch.uint8))
+                    ends[0].start_recv(torch.zeros(1, dtype=torch.uint8)).wait()
                 for end in ends:
                     end.close()
         message, buffer = bytes_of(100), torch.zeros(100, dtype=torch.uint8)
-        sent = pool.submit(ends[1].send, message)
-        ends[0].recv(buffer)
+        sent = pool.submit(send, ends[1], message)
+        ends[0].start_recv(buffer).wait()
         sent.result(WAIT_S)
         assert torch.equal(buffer, message)
     for end in ends:
@@ -212,10 +212,10 @@ def test_a_killed_peer_is_an_error_long_before_the_timeout() -> None:
             operation_timeout_s=30.0,
         )
         first = torch.zeros(1, dtype=torch.uint8)
-        decode.recv(first)
+        decode.start_recv(first).wait()
         assert first.item() == 1
         with ThreadPoolExecutor(1) as pool:
-            receive = pool.submit(decode.recv, torch.zeros(8, dtype=torch.uint8))
+            receive = pool.submit(recv, decode, torch.zeros(8, dtype=torch.uint8))
             peer.kill()
             with pytest.raises(TransferError):
                 receive.result(5.0)

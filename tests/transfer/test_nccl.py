@@ -12,7 +12,7 @@ import torch
 from kv_transfer.connection import nccl_environment
 from kv_transfer.nccl import NcclTransport
 from kv_transfer.transport import TransferError
-from tests.transfer.io_support import WAIT_S
+from tests.transfer.io_support import WAIT_S, recv
 
 BUFFER = torch.zeros(4, dtype=torch.uint8)
 
@@ -27,6 +27,9 @@ class FakeEvent:
 
     def query(self) -> bool:
         return self._fired.is_set()
+
+    def synchronize(self) -> None:
+        assert self._fired.wait(WAIT_S)
 
 
 class FakeGroup:
@@ -53,7 +56,7 @@ class FakeGroup:
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     fired = threading.Event()
-    monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(fired))
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: FakeEvent(fired))
     monkeypatch.setattr("kv_transfer.nccl._ABORT_TIMEOUT_S", 0.3)
     return fired
 
@@ -66,10 +69,10 @@ def test_nccl_operation_past_its_deadline_aborts_the_communicator(done: threadin
     group = FakeGroup(done)
     transport = nccl_over(group, timeout_s=0.1)
     with pytest.raises(TransferError, match=r"recv of 4 bytes: not complete within 0\.1 s"):
-        transport.recv(BUFFER)
+        transport.start_recv(BUFFER).wait()
     assert group.aborts == 1
     with pytest.raises(TransferError, match="closed"):
-        transport.send(BUFFER)
+        transport.start_send(BUFFER).wait()
     transport.close()
     assert group.aborts == 1
 
@@ -78,7 +81,7 @@ def test_nccl_close_frees_an_operation_in_flight(done: threading.Event) -> None:
     group = FakeGroup(done)
     transport = nccl_over(group)
     with ThreadPoolExecutor(1) as pool:
-        receive = pool.submit(transport.recv, BUFFER)
+        receive = pool.submit(recv, transport, BUFFER)
         assert group.launched.wait(WAIT_S)
         transport.close()
         with pytest.raises(TransferError):
@@ -89,18 +92,28 @@ def test_nccl_close_frees_an_operation_in_flight(done: threading.Event) -> None:
 def test_nccl_operation_completes_without_an_abort(done: threading.Event) -> None:
     group = FakeGroup(done)
     done.set()
-    nccl_over(group).send(BUFFER)
+    nccl_over(group).start_send(BUFFER).wait()
     assert group.aborts == 0
 
 
 def test_nccl_close_says_when_the_gpu_may_still_touch_memory(done: threading.Event) -> None:
-    group = FakeGroup(done, abort_works=False)
-    transport = nccl_over(group, timeout_s=0.1)
-    with pytest.raises(TransferError):
-        transport.recv(BUFFER)
-    with pytest.raises(TransferError, match="still in an aborted operation"):
+    transport = nccl_over(FakeGroup(done, abort_works=False), timeout_s=0.1)
+    with ThreadPoolExecutor(1) as pool:
+        receive = pool.submit(recv, transport, BUFFER)
+        with pytest.raises(TransferError, match="still in an aborted operation"):
+            transport.close()
+        done.set()
         transport.close()
+        with pytest.raises(TransferError):
+            receive.result(WAIT_S)
+
+
+def test_nccl_operations_overlap_and_each_is_waited_for(done: threading.Event) -> None:
+    transport = nccl_over(FakeGroup(done))
+    transfers = [transport.start_send(BUFFER) for _ in range(3)]
     done.set()
+    for transfer in transfers:
+        transfer.wait()
     transport.close()
 
 

@@ -113,9 +113,9 @@ from kv_transfer.triton_packing import TritonPacker
 from tests.transfer.test_packing import BLOCK_IDS, SALTS, SEGMENT, buffer_for, layout_of, random_bits
 layout = layout_of("float16")
 cache, data = random_bits(layout), buffer_for(layout)
-fingerprints = TritonPacker().pack(cache, SEGMENT, BLOCK_IDS, data, SALTS)
-ok = TritonPacker().unpack(cache, SEGMENT, [1, 2, 4], data, SALTS, fingerprints)
-bad = TritonPacker().unpack(cache, SEGMENT, [1, 2, 4], data, SALTS, [0, *fingerprints[1:]])
+fingerprints = TritonPacker().start_pack(cache, SEGMENT, BLOCK_IDS, data, SALTS).wait()
+ok = TritonPacker().start_unpack(cache, SEGMENT, [1, 2, 4], data, SALTS, fingerprints).wait()
+bad = TritonPacker().start_unpack(cache, SEGMENT, [1, 2, 4], data, SALTS, [0, *fingerprints[1:]]).wait()
 moved = torch.equal(cache[1:3][:, :, [1, 2, 4]].view(torch.int16), cache[1:3][:, :, BLOCK_IDS].view(torch.int16))
 print(json.dumps([fingerprints, ok, bad, moved]))
 """

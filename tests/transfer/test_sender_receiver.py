@@ -116,7 +116,7 @@ def test_a_truncated_send_into_a_used_slot_is_found() -> None:
         transfer(decode, prefill, seq=0)
         expected = prefill.pack(1, 1, Segment(1, 3, 4, 7), [1, 2, 3], LEASE).fingerprints
         decode.start_recv(1, 0, SEGMENT)
-        sending.send(prefill.staging.slot(1)[: NUM_BYTES - 64])
+        sending.start_send(prefill.staging.slot(1)[: NUM_BYTES - 64]).wait()
         decode.received(1)
         assert not decode.unpack(1, 0, SEGMENT, TARGET, LEASE, expected)
         assert_untouched(decode)

@@ -43,6 +43,9 @@ def test_the_heartbeat_says_what_there_is() -> None:
         def staging_in_use(self) -> int:
             return 2
 
+        def transfer_totals(self) -> None:
+            return None
+
     beat = heartbeat(3, stats(), StepTime(0.1, 0.2, 0.3, 4), [Half(), Half()])  # type: ignore[list-item]
     blocks = beat.blocks
     assert (blocks.free, blocks.cached, blocks.running, blocks.leased, blocks.quarantined) == (1, 2, 3, 4, 5)
