@@ -23,6 +23,7 @@ class Options:
     window: int
     max_ctas: int
     operation_timeout_s: float
+    shared_view: bool
 
     @property
     def layout(self) -> KVLayout:
@@ -33,9 +34,15 @@ class Options:
         return self.chunk_bytes // self.layout.block_bytes
 
     def device_of(self, rank: int) -> torch.device:
+        """Where `rank` keeps its KV: its only GPU, unless both processes see all (`shared_view`)."""
         if self.device == "cpu":
             return torch.device("cpu")
         return torch.device("cuda", rank % torch.cuda.device_count())
+
+    def visible_devices(self, rank: int, visible: str | None) -> str:
+        """CUDA_VISIBLE_DEVICES for `rank`, given that of the parent; as Ray sets it for workers."""
+        names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        return names[rank % len(names)]
 
     def segment(self, seq: int) -> Segment:
         start = seq * self.blocks_per_chunk % NUM_BLOCKS

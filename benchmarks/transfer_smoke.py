@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import queue
+import sys
 import threading
 import time
 from dataclasses import asdict
@@ -39,6 +40,7 @@ from protos import transfer_pb2 as pb
 HOST = "127.0.0.1"
 LEASE = LeaseKey(1, 1)
 WAIT_S = 60.0
+ALL_DEVICES = "TRANSFER_SMOKE_DEVICES"
 
 
 def join(options: Options, port: int, epoch: str, rank: int, server: StoreServer | None) -> PairTransport:
@@ -111,12 +113,15 @@ class PrefillEnd:
 
 def prefill_main(options: Options, pipe: Connection, port: int, epoch: str) -> None:
     """Entry of the started process."""
-    prepare(options)
+    prepare(options, PREFILL_RANK)
+    note("prefill: process is up")
     transport = join(options, port, epoch, PREFILL_RANK, None)
+    note("prefill: joined")
     staging = StagingPool(options.layout, options.window, options.chunk_bytes, options.device_of(PREFILL_RANK))
     with on_device(options, PREFILL_RANK):
         for _ in range(options.chunks):
             transport.start_send(staging.slot(0)).wait()
+    note("prefill: raw messages are sent")
     PrefillEnd(options, pipe, transport, staging).run()
 
 
@@ -133,6 +138,7 @@ class DecodeEnd:
         self.peer.start()
         theirs.close()
         self.transport = join(options, server.port, epoch, DECODE_RANK, server)
+        note("decode: joined")
         device = options.device_of(DECODE_RANK)
         self.cache = options.layout.allocate(NUM_BLOCKS, device)
         self.inbox: queue.Queue[bytes | SendEvent | RecvEvent | None] = queue.Queue()
@@ -209,10 +215,17 @@ class DecodeEnd:
         self.peer.join()
 
 
-def prepare(options: Options) -> None:
+def prepare(options: Options, rank: int) -> None:
+    """Before this process touches a GPU: what workers have in their environment."""
     torch.set_num_threads(1)
     if options.device == "cuda":
         os.environ.update(nccl_environment())
+        if not options.shared_view:
+            os.environ["CUDA_VISIBLE_DEVICES"] = options.visible_devices(rank, os.environ.get(ALL_DEVICES))
+
+
+def note(what: str) -> None:
+    print(f"{time.monotonic():.3f} {what}", file=sys.stderr, flush=True)
 
 
 def on_device(options: Options, rank: int) -> torch.cuda.device:
@@ -223,7 +236,8 @@ def on_device(options: Options, rank: int) -> torch.cuda.device:
 
 def run(options: Options) -> dict[str, object]:
     """The whole smoke; raises on the first thing that is wrong. GB are 1e9 bytes."""
-    prepare(options)
+    os.environ.setdefault(ALL_DEVICES, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    prepare(options, DECODE_RANK)
     if NUM_BLOCKS % options.blocks_per_chunk or options.chunk_bytes % options.layout.block_bytes:
         raise SystemExit(f"a chunk must be 1, 2, 4, ... {NUM_BLOCKS} blocks of {options.layout.block_bytes} bytes")
     server = StoreServer(HOST)
@@ -231,9 +245,12 @@ def run(options: Options) -> dict[str, object]:
     first = DecodeEnd(options, server, "epoch-0")
     connected = time.monotonic() - start
     raw = first.receive_raw()
+    note("decode: raw messages are here")
     packed = first.receive_chunks(options.chunks)
     blocks = first.verify()
+    note("decode: chunks are verified")
     lost_s, close_s = first.kill_peer()
+    note("decode: killed peer, epoch destroyed")
     again = DecodeEnd(options, server, "epoch-1")
     again.receive_raw()
     again.receive_chunks(options.window + 20)
@@ -261,10 +278,20 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=4)
     parser.add_argument("--max-ctas", type=int, default=4)
     parser.add_argument("--operation-timeout-s", type=float, default=2.0)
+    parser.add_argument("--shared-view", action="store_true", help="both processes see all GPUs")
     args = parser.parse_args()
     device = args.device or ("cuda" if args.backend == "nccl" else "cpu")
     size = args.chunk_mib << 20
-    options = Options(args.backend, device, args.chunks, size, args.window, args.max_ctas, args.operation_timeout_s)
+    options = Options(
+        args.backend,
+        device,
+        args.chunks,
+        size,
+        args.window,
+        args.max_ctas,
+        args.operation_timeout_s,
+        args.shared_view,
+    )
     print(json.dumps(run(options), indent=2))
 
 
