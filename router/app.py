@@ -12,17 +12,22 @@ from starlette.requests import ClientDisconnect
 
 from baton.common.errors import BatonError
 from router.answers import respond
+from router.api_answers import CompletionAnswerBody, ModelList, Readiness, Report, Timeline
 from router.body_limit import BodyLimit
+from router.chat import Chat
+from router.chat_routes import add_chat, add_tokenize
 from router.completion_answer import CompletionAnswer
 from router.completions import Completions
 from router.dispatcher import Dispatcher
 from router.event_stream import ClientGone
 from router.health import health, is_ready, workers
 from router.openai_errors import error_response, http_error
-from router.openai_schema import parse_completion
-from router.openapi import COMPLETION_BODY, document
+from router.openai_schema import CompletionRequest, checked
+from router.openapi import Document
+from router.reader.pool import RequestReader
 from router.registry import Registry
 from router.submitter import Submitter
+from router.tokenize import TokenizeService
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -31,6 +36,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 class Services:
     """What the handlers need."""
 
+    reader: RequestReader
     submitter: Submitter
     completions: Completions
     dispatcher: Dispatcher
@@ -46,22 +52,26 @@ def build_app(services: Services, max_body_bytes: int) -> FastAPI:
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(ClientDisconnect, _on_client_gone)
     app.add_exception_handler(Exception, _on_defect)
-    _add_completions(app, services)
-    _add_requests(app, services)
-    _add_operations(app, services)
-    app.openapi_schema = document(app)
+    document = Document()
+    _add_completions(app, document, services)
+    add_chat(app, document, Chat(services.submitter, services.reader), services.submitter.tokenizer)
+    add_tokenize(app, document, TokenizeService(services.submitter, services.reader))
+    _add_requests(app, document, services)
+    _add_operations(app, document, services)
+    app.openapi_schema = document.finish(app)
     return app
 
 
-def _add_completions(app: FastAPI, services: Services) -> None:
-    @app.post("/v1/completions", openapi_extra=COMPLETION_BODY)
+def _add_completions(app: FastAPI, document: Document, services: Services) -> None:
+    @app.post("/v1/completions", **document.generation(CompletionRequest, CompletionAnswerBody))
     async def completions(request: Request) -> Response:
-        body = parse_completion(await request.body())
+        read = await services.reader.completion(await request.body())
+        body = checked({**read.fields, "prompt": read.prompt})
         choices = await services.completions.start(body)
         answer = CompletionAnswer(body, choices, services.submitter.tokenizer)
         return await respond(request, answer, stream=bool(body.stream))
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", **document.get(ModelList))
     async def models() -> JSONResponse:
         card = {
             "id": services.submitter.model,
@@ -74,8 +84,8 @@ def _add_completions(app: FastAPI, services: Services) -> None:
         return JSONResponse({"object": "list", "data": [card]})
 
 
-def _add_requests(app: FastAPI, services: Services) -> None:
-    @app.get("/v1/requests/{request_id}")
+def _add_requests(app: FastAPI, document: Document, services: Services) -> None:
+    @app.get("/v1/requests/{request_id}", **document.get(Timeline, 404))
     async def request_timeline(request_id: str) -> Response:
         """The timeline of a recent request; of one with several prompts, a list with one per prompt."""
         recent = services.dispatcher.recent
@@ -87,23 +97,23 @@ def _add_requests(app: FastAPI, services: Services) -> None:
         data = [record.as_dict() for record in records]
         return JSONResponse({"id": request_id, "object": "list", "data": data})
 
-    @app.get("/v1/workers")
+    @app.get("/v1/workers", **document.get(Report))
     async def worker_states() -> JSONResponse:
         return JSONResponse(workers(services.registry))
 
 
-def _add_operations(app: FastAPI, services: Services) -> None:
-    @app.get("/health")
+def _add_operations(app: FastAPI, document: Document, services: Services) -> None:
+    @app.get("/health", **document.status(Report))
     async def healthy() -> JSONResponse:
         ok, detail = health(services.dispatcher, services.registry)
         return JSONResponse(detail, 200 if ok else 503)
 
-    @app.get("/ready")
+    @app.get("/ready", **document.status(Readiness))
     async def ready() -> JSONResponse:
         ok = is_ready(services.dispatcher, services.registry)
         return JSONResponse({"ready": ok}, 200 if ok else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", **document.text("text/plain"))
     async def metrics() -> Response:
         return Response(services.dispatcher.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 

@@ -1,24 +1,20 @@
 """The request body of POST /v1/completions, also the common form of a gRPC request. Strict: "3" and true are no ints.
 
-The prompt, which may be large, is checked here by hand; everything else by pydantic.
+The prompt, which may be large, is checked by prompt_shape.py; everything else by pydantic.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Final
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SkipValidation, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SkipValidation
 
 from baton.common.errors import InvalidRequest
-from router.json_limits import check_structure
+from router.prompt_shape import MAX_PROMPT_TOKENS, check_prompt  # noqa: F401
 from router.sampling_fields import MAX_TOKENS, NumTop, SamplingFields
+from router.schema_errors import validated
 from router.unsupported import UnsupportedFields
-
-MAX_PROMPTS: Final = 128
-MAX_PROMPT_TOKENS: Final = 2**20
 
 Prompt = str | list[int] | list[str] | list[list[int]]
 Prompts = Sequence[str] | Sequence[Sequence[int]]
@@ -63,28 +59,12 @@ class CompletionRequest(SamplingFields, UnsupportedFields):
         return self.prompt
 
 
-def parse_completion(body: bytes) -> CompletionRequest:
-    """Read a JSON body. Raises InvalidRequest naming the first wrong or unsupported field."""
-    check_structure(body)
-    try:
-        fields = from_json(body)
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}", None, "invalid_json") from None
-    if not isinstance(fields, dict):
-        raise InvalidRequest("the body must be a JSON object", None, "invalid_json")
-    return checked(fields)
-
-
 def checked(fields: Mapping[str, object]) -> CompletionRequest:
-    """The same for fields that were read already."""
-    known = {name: value for name, value in fields.items() if name in CompletionRequest.model_fields}
-    try:
-        request = CompletionRequest.model_validate(known)
-    except ValidationError as error:
-        raise _invalid(error) from None
+    """Fields as reader/pool.py or gRPC gives them. Raises InvalidRequest naming the first wrong or unsupported one."""
+    request, num_ignored = validated(CompletionRequest, fields, UnsupportedFields)
     check_prompt(request.prompt)
     _check_together(request)
-    request._num_ignored_fields = len(fields) - len(known)
+    request._num_ignored_fields = num_ignored
     return request
 
 
@@ -96,37 +76,3 @@ def _check_together(request: CompletionRequest) -> None:
         raise InvalidRequest("not supported in a stream, where echo with logprobs is", "prompt_logprobs")
     if request.max_tokens == 0 and not request.echo:
         raise InvalidRequest("max_tokens must be at least 1 without echo", "max_tokens")
-
-
-def check_prompt(prompt: object) -> None:
-    """Raises InvalidRequest."""
-    if isinstance(prompt, str) or _are_token_ids(prompt):
-        return
-    if not isinstance(prompt, list) or not 0 < len(prompt) <= MAX_PROMPTS:
-        good = False
-    elif isinstance(prompt[0], str):
-        good = all(isinstance(item, str) for item in prompt)
-    else:
-        good = all(map(_are_token_ids, prompt))
-    if not good:
-        message = f"prompt must be text, a non-empty list of token ids, or a list of 1 to {MAX_PROMPTS} of either"
-        raise InvalidRequest(message, "prompt")
-
-
-def _are_token_ids(value: object) -> bool:
-    """A bool is not an int here. An array was checked when it was made."""
-    if isinstance(value, array):
-        return 0 < len(value) <= MAX_PROMPT_TOKENS
-    if not isinstance(value, list) or not 0 < len(value) <= MAX_PROMPT_TOKENS:
-        return False
-    return set(map(type, value)) == {int} and min(value) >= 0 and max(value) < 2**32
-
-
-def _invalid(error: ValidationError) -> InvalidRequest:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = str(first["loc"][0])
-    if param in UnsupportedFields.model_fields:
-        return InvalidRequest(f"{param} is not supported by this server", param, "unsupported_parameter")
-    if first["type"] == "missing":
-        return InvalidRequest(f"{param} is required", param, "missing_required_parameter")
-    return InvalidRequest(f"{param}: {first['msg']}", param)

@@ -24,11 +24,13 @@ from baton.common.config import BatonConfig
 from baton.common.errors import ConfigError
 from protos import inference_pb2, inference_pb2_grpc
 from router.app import Services, build_app
+from router.chat_templates import ChatTemplates
 from router.completions import Completions
 from router.dispatcher import Dispatcher
 from router.grpc_service import InferenceService
 from router.health import is_ready
 from router.metrics import Metrics
+from router.reader.pool import RequestReader
 from router.record import RecentRequests
 from router.registry import Registry
 from router.sampling_defaults import SamplingDefaults
@@ -56,7 +58,13 @@ class Router:
     cannot be bound.
     """
 
-    def __init__(self, config: BatonConfig, tokenizer: Tokenizer | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        config: BatonConfig,
+        tokenizer: Tokenizer | None = None,
+        clock: Clock | None = None,
+        chat_templates: ChatTemplates | None = None,
+    ) -> None:
         self.http_port = 0
         self.grpc_port = 0
         self._config = config
@@ -70,7 +78,8 @@ class Router:
             self.dispatcher, tokenizer, config.model_name, config.server.request_timeout_s, _sampling_defaults(config)
         )
         completions = Completions(submitter)
-        services = Services(submitter, completions, self.dispatcher, self.registry)
+        self.reader = RequestReader(chat_templates or ChatTemplates.load(Path(config.model)))
+        services = Services(self.reader, submitter, completions, self.dispatcher, self.registry)
         self._http = _HttpServer(_uvicorn_config(build_app(services, config.server.max_body_bytes)))
         self._http_task: asyncio.Task[None] | None = None
         self._inference = InferenceService(submitter, completions)
@@ -96,6 +105,7 @@ class Router:
         await self._http.listening.wait()
         self.registry.subscribe(self._ready_changed.set)
         self._health_task = asyncio.create_task(self._report_health(), name="grpc-health")
+        self.reader.start()
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109
         """Refuse new requests, wait for running ones, then cancel what is left."""
@@ -114,6 +124,7 @@ class Router:
         if self._http_task is not None:
             self._http.should_exit = True
             await self._http_task
+        await self.reader.close()
 
     def _build_grpc(self) -> grpc.aio.Server:
         server = grpc.aio.server(options=[*_GRPC_OPTIONS, *_message_limit(self._config.server.max_body_bytes)])

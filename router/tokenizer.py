@@ -79,9 +79,13 @@ class Tokenizer:
             del ids[0]
         return tuple(ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens. Ids without a token of their own (padding of the vocabulary) are skipped."""
-        return str(self._backend.decode(ids, skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Ids without a token of their own (padding of the vocabulary) are skipped."""
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def entry(self, token_id: int) -> str:
+        """A token as the vocabulary writes it; empty where there is none."""
+        return self._backend.id_to_token(token_id) or ""
 
 
 def _special_tokens(model: Path, config: dict[str, object], backend: tokenizers.Tokenizer) -> SpecialTokens:

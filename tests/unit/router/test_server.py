@@ -15,8 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-import router.dispatcher
 import router.event_stream
+import router.generation
 from baton.common.clock import ManualClock
 from baton.common.config import BatonConfig
 from baton.common.errors import ConfigError
@@ -150,7 +150,7 @@ async def test_a_taken_port_is_a_configuration_error(key: str) -> None:
 async def test_a_reader_that_never_reads_is_cut_off_and_the_worker_freed(
     workers: list[FakeWorker], served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(router.dispatcher, "MAX_UNREAD_TOKENS", 4)
+    monkeypatch.setattr(router.generation, "MAX_UNREAD_TOKENS", 4)
     workers.append(FakeWorker("d0"))
     await served.attach(*workers)
     request = GenerationRequest("slow", (1, 2, 3), SamplingParams(max_tokens=100), 60.0)
@@ -216,8 +216,10 @@ def test_the_router_needs_neither_torch_nor_ray() -> None:
 
 async def test_every_reference_of_the_openapi_document_resolves(served: Served) -> None:
     document = (await served.http.get("/openapi.json")).json()
-    body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"model", "prompt"} <= set(body["required"])
+    schemas = document["components"]["schemas"]
+    for path, required in (("/v1/completions", {"model", "prompt"}), ("/v1/chat/completions", {"model", "messages"})):
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert required <= set(schemas[body["$ref"].rpartition("/")[2]]["required"])
 
     def references(node: Any) -> list[str]:
         if isinstance(node, dict):
