@@ -83,11 +83,11 @@ def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": importlib.metadata.version("triton"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or _git_commit(),
+        "commit": commit or git_commit(),
     }
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

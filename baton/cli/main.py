@@ -11,6 +11,7 @@ from baton.common.errors import BatonError, ConfigError
 from benchmarks.engine.command import bench_engine, bench_kernels
 from benchmarks.serve.command import bench_serve
 from benchmarks.served.command import bench_served
+from benchmarks.transfer.command import bench_transfer
 
 app = typer.Typer(
     name="baton",
@@ -28,6 +29,7 @@ bench.command("serve")(bench_serve)
 bench.command("served")(bench_served)
 bench.command("engine")(bench_engine)
 bench.command("kernels")(bench_kernels)
+bench.command("transfer")(bench_transfer)
 app.add_typer(bench, name="bench")
 
 
