@@ -55,9 +55,10 @@ class ClusterConfig(_Section):
 class EngineConfig(_Section):
     """One worker's engine. Lengths count tokens.
 
-    `overlap`: plan and launch a step while the one before still computes; None: on a GPU only. `decode_graphs`: run
-    steps that only decode as captured CUDA graphs where there is a GPU. `load_format` random: the weights are drawn,
-    the model's directory needs none; for measurements.
+    `overlap`: plan and launch a step while the one before still computes; None: on a GPU only. `launch_lead_s`: with
+    overlap, and while a hand-over is expected, a step is launched so long before the one before should end, to take in
+    what arrives meanwhile; None: at once. `decode_graphs`: run steps that only decode as captured CUDA graphs where
+    there is a GPU. `load_format` random: the weights are drawn, the model's directory needs none; for measurements.
     """
 
     dtype: DType = "auto"
@@ -70,16 +71,28 @@ class EngineConfig(_Section):
     max_num_batched_tokens: int = Field(2048, ge=1)
     prefix_cache: bool = True
     overlap: bool | None = None
+    launch_lead_s: float | None = Field(None, ge=0)
     decode_graphs: bool = True
     cpu_threads: int = Field(1, ge=1)
 
 
 class TransferConfig(_Section):
-    """The KV connection of a prefill/decode pair. Times in seconds, sizes in bytes."""
+    """The KV connection of a prefill/decode pair. Times in seconds, sizes in bytes.
 
+    `backend` "auto" is NCCL between GPUs and gloo between CPUs; the decode worker's choice counts. `window` messages of
+    `slot_bytes` may be in flight, which is the staging memory of a pair at either end.
+    `layer_groups`: in how many parts a prefill step's KV is announced; 0 adapts them to compute and link.
+    `max_ctas` bounds the multiprocessors that NCCL takes. Memory for `num_pairs` connections is set aside on a GPU.
+    `peer_share`: how much of its KV a prefill worker holds at most for one decode worker while it has several.
+    """
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
     window: int = Field(4, ge=1, le=64)
-    slot_bytes: int = Field(8 * 1024 * 1024, ge=4096, le=32 * 1024 * 1024)
-    layer_groups: int = Field(4, ge=1)
+    slot_bytes: int = Field(32 * 1024 * 1024, ge=4096, le=32 * 1024 * 1024)
+    layer_groups: int = Field(0, ge=0)
+    max_ctas: int = Field(8, ge=1, le=32)
+    num_pairs: int = Field(4, ge=0)
+    peer_share: float = Field(0.5, gt=0, le=1)
     connect_timeout_s: float = Field(20.0, gt=0)
     operation_timeout_s: float = Field(2.0, gt=0)
     lease_s: float = Field(30.0, gt=0)

@@ -68,6 +68,11 @@ class RequestBook:
         if isinstance(command, AddRequest | Admission) and not self._is_known(command.request.request_id):
             self._log.failure(command.request.request_id, "internal", reason)
 
+    @property
+    def has_reservations(self) -> bool:
+        """Whether admissions are expected."""
+        return bool(self._reserved)
+
     def unfinished(self) -> list[Request]:
         """Requests that are queued or running."""
         return [request for request in self._requests.values() if request.phase in (Phase.WAITING, Phase.RUNNING)]

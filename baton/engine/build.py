@@ -65,6 +65,7 @@ def build_engine(
         layer_groups=transfer.layer_groups,
         max_model_len=max_model_len,
         overlap=resolve_overlap(config, device),
+        launch_lead_s=config.launch_lead_s,
     )
 
 

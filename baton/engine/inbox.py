@@ -33,10 +33,10 @@ class Inbox:
             self._closed = True
             self._changed.notify()
 
-    def wait(self) -> None:
-        """Sleep until there is a command, a wake or the end."""
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Sleep until there is a command, a wake or the end; False when `timeout_s` passed before."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._woken or bool(self._commands))
+            return self._changed.wait_for(lambda: self._closed or self._woken or bool(self._commands), timeout_s)
 
     def is_closed(self) -> bool:
         with self._changed:

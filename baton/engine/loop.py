@@ -16,7 +16,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -27,31 +27,19 @@ from baton.engine.batch import PrefillSegment, ScheduledStep
 from baton.engine.block_pool import BlockPool
 from baton.engine.book import RequestBook
 from baton.engine.decode_path import DecodePath
+from baton.engine.flight import Flight, Pacer
 from baton.engine.inbox import Inbox
-from baton.engine.logprobs import StepLogprobs
 from baton.engine.ports import Command, EngineStats, Ports, PrefillDone, SegmentWritten
 from baton.engine.request import Phase, Request
 from baton.engine.runner import OnLayerGroup, Runner
 from baton.engine.sampler import NOT_FINITE
 from baton.engine.schedulers.base import Scheduler
 from baton.engine.segments import completed_blocks, split_layers
-from baton.engine.staging import PendingTokens
 from baton.engine.step_log import StepLog
 
 logger = logging.getLogger(__name__)
 
 _TOKEN_EVENTS = (events.FIRST_TOKEN, events.SECOND_TOKEN)
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A launched step. `ends`: tokens whose KV each of its sequences has when it lands, decodes first."""
-
-    step: ScheduledStep
-    ends: tuple[int, ...]
-    tokens: PendingTokens
-    logprobs: StepLogprobs
-    started: float
 
 
 class Engine:
@@ -68,6 +56,7 @@ class Engine:
         layer_groups: int,
         max_model_len: int,
         overlap: bool = False,
+        launch_lead_s: float | None = None,
     ) -> None:
         self.layout = runner.layout
         self.kv_cache = runner.kv_cache
@@ -83,9 +72,9 @@ class Engine:
         self._book = RequestBook(pool, scheduler, self._log, max_model_len=max_model_len, vocab_size=runner.vocab_size)
         self._inbox = Inbox()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=False)
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Flight] = deque()
         self._max_flights = 1 if overlap else 0
-        self._landed_at = clock.now()
+        self._pacer = Pacer(self._inbox, clock, launch_lead_s)
         self._steps = 0
         self._failures_in_a_row = 0
         self._idle = True
@@ -130,20 +119,18 @@ class Engine:
 
         The engine thread does this over and over; a simulation does it instead of `start`.
         """
-        started = self._clock.now()
         for command in (*self._inbox.drain(), *self._ports.ready_to_admit()):
             self._handle(command)
-        has_launched = not self._must_land_first() and self._launch_next(started)
-        landed = self._land_next() if len(self._flights) > (self._max_flights if has_launched else 0) else None
+        is_held = self._is_launch_held()
+        has_launched = not is_held and self._may_launch() and self._launch_next()
+        landed = None
+        if not is_held and len(self._flights) > (self._max_flights if has_launched else 0):
+            landed = self._land_next() if self._pacer.await_landing(self._flights[0]) else None
         self._progress_at = self._clock.now()
         self._stats = self._snapshot()
         if landed is not None or self._log:
-            self._report(
-                landed, self._progress_at - max(started if landed is None else landed.started, self._landed_at)
-            )
-        if landed is not None:
-            self._landed_at = self._progress_at
-        return has_launched or landed is not None
+            self._report(landed)
+        return has_launched or landed is not None or bool(self._flights)
 
     def _run(self) -> None:
         with self._runner.on_this_thread():
@@ -166,13 +153,21 @@ class Engine:
             logger.exception("a command went wrong: %s", type(command).__name__)
             self._book.reject(command, repr(error))
 
-    def _must_land_first(self) -> bool:
-        """Penalties depend on every token before, so such a request's last one has to be known."""
-        running = self._scheduler.running
-        return bool(self._flights) and any(r.sampling.has_penalties and r.has_unknown_token for r in running)
+    def _is_launch_held(self) -> bool:
+        """An admission is expected and came, or other news did, before the next step had to be launched."""
+        expecting = bool(self._flights) and self._book.has_reservations and self._may_launch()
+        return expecting and self._pacer.hold_launch(self._flights[0])
 
-    def _launch_next(self, started: float) -> bool:
+    def _may_launch(self) -> bool:
+        """Penalties depend on every token before, so such a request's last one has to be known."""
+        if len(self._flights) > self._max_flights:
+            return False
+        running = self._scheduler.running
+        return not self._flights or not any(r.sampling.has_penalties and r.has_unknown_token for r in running)
+
+    def _launch_next(self) -> bool:
         """Whether a step was planned. Where it goes wrong its requests fail."""
+        started = self._clock.now()
         step: ScheduledStep | None = None
         try:
             step = self._scheduler.schedule()
@@ -183,7 +178,7 @@ class Engine:
             self._fail(self._book.unfinished() if step is None else step.requests(), error)
         return bool(step)
 
-    def _land_next(self) -> _Flight:
+    def _land_next(self) -> Flight:
         flight = self._flights.popleft()
         try:
             self._land(flight)
@@ -204,7 +199,7 @@ class Engine:
             if request.phase in (Phase.WAITING, Phase.RUNNING):
                 self._book.fail(request, "internal", repr(error))
 
-    def _launch(self, step: ScheduledStep, started: float) -> _Flight:
+    def _launch(self, step: ScheduledStep, started: float) -> Flight:
         for segment in step.prefills:
             if segment.is_first:
                 self._log.event(segment.request.request_id, events.PREFILL_START)
@@ -217,9 +212,9 @@ class Engine:
             request.steps_in_flight += 1
         for row, request in enumerate(step.sampled()):
             request.draw_row = row
-        return _Flight(step, ends, launched.tokens, launched.logprobs, started)
+        return Flight(step, ends, launched.tokens, launched.logprobs, started)
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         step = flight.step
         try:
             tokens = flight.tokens.wait()
@@ -250,7 +245,7 @@ class Engine:
 
         return on_layer_group
 
-    def _advance(self, flight: _Flight, broken: set[str]) -> None:
+    def _advance(self, flight: Flight, broken: set[str]) -> None:
         """The step's tokens are computed: let others find the blocks that are full now."""
         for request, end in zip(flight.step.requests(), flight.ends, strict=True):
             if request.phase is Phase.RUNNING and request.request_id not in broken:
@@ -276,9 +271,10 @@ class Engine:
         else:
             self._log.output(request, (token,), None, logprobs)
 
-    def _report(self, landed: _Flight | None, seconds: float) -> None:
+    def _report(self, landed: Flight | None) -> None:
         step = ScheduledStep() if landed is None else landed.step
-        report = self._log.take(step.num_prefill_tokens, len(step.decodes), max(0.0, seconds))
+        seconds = 0.0 if landed is None else self._pacer.landed(landed)
+        report = self._log.take(step.num_prefill_tokens, len(step.decodes), seconds)
         try:
             self._ports.on_step(report)
         except Exception:

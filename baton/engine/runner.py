@@ -20,7 +20,7 @@ from baton.engine.logprobs import StepLogprobs
 from baton.engine.models.decoder import Decoder
 from baton.engine.request import Request
 from baton.engine.sampler import TokenSampler, TorchSampler
-from baton.engine.staging import KnownTokens, PendingTokens, make_staging
+from baton.engine.staging import PendingTokens, make_staging
 
 LayerGroups = Sequence[tuple[int, int]]
 OnLayerGroup = Callable[[int, int, "torch.cuda.Event | None"], None]
@@ -84,7 +84,7 @@ class Runner:
             self.decode_path.launch(step.decodes)
         else:
             num_drawn = self._launch_eagerly(step, groups, on_layer_group, logprobs)
-        tokens = self._staging.read_back(self.draws[:num_drawn]) if num_drawn else KnownTokens([])
+        tokens = self._staging.read_back(self.draws[:num_drawn])
         return LaunchedStep(tokens, logprobs)
 
     def settle(self) -> None:

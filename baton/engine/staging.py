@@ -26,6 +26,10 @@ _TORCH_DTYPES = {
 class PendingTokens(Protocol):
     """The draws of a launched step."""
 
+    def is_ready(self) -> bool:
+        """Whether `wait` would return at once."""
+        ...
+
     def wait(self) -> list[int]:
         """Block until the step has ended; its tokens. Raises what the device reports."""
         ...
@@ -50,6 +54,9 @@ class KnownTokens:
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = tokens
+
+    def is_ready(self) -> bool:
+        return True
 
     def wait(self) -> list[int]:
         return self._tokens
@@ -120,6 +127,13 @@ class _CopiedTokens:
     def __init__(self, tokens: torch.Tensor, event: torch.cuda.Event) -> None:
         self._tokens = tokens
         self._event = event
+
+    def is_ready(self) -> bool:
+        """A failed device is ready to say so."""
+        try:
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return True
 
     def wait(self) -> list[int]:
         self._event.synchronize()
