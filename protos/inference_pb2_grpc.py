@@ -63,7 +63,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Cancels a request by the id that its first response carried. Cancelling an ended request is a no-op.
+        """Cancels a request, all choices of it, by the id that its first response carried. An ended one: a no-op.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

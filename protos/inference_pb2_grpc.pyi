@@ -36,7 +36,7 @@ class InferenceStub:
     Cancelling the call frees the request on every worker.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
-    """Cancels a request by the id that its first response carried. Cancelling an ended request is a no-op."""
+    """Cancels a request, all choices of it, by the id that its first response carried. An ended one: a no-op."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
 
 @_typing.type_check_only
@@ -47,7 +47,7 @@ class InferenceAsyncStub(InferenceStub):
     Cancelling the call frees the request on every worker.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
-    """Cancels a request by the id that its first response carried. Cancelling an ended request is a no-op."""
+    """Cancels a request, all choices of it, by the id that its first response carried. An ended one: a no-op."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
@@ -67,7 +67,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.CancelResponse, _abc.Awaitable[_inference_pb2.CancelResponse]]:
-        """Cancels a request by the id that its first response carried. Cancelling an ended request is a no-op."""
+        """Cancels a request, all choices of it, by the id that its first response carried. An ended one: a no-op."""
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from baton.common.sampling import TokenLogprobs
-from router.dispatcher import Generation
+from router.generation import Generation
 from router.text import TextAssembler, TextDelta
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from router.answers import Content
 from router.choice import Choice, Usage, group_id, total_usage
 from router.completion_logprobs import LogprobLists, by_id, joined, name_by_id, output_logprobs, prompt_logprobs
+from router.completions import prompt_text
 from router.openai_schema import CompletionRequest
 from router.text import TextDelta
 from router.tokenizer import Tokenizer
@@ -104,8 +105,7 @@ class CompletionAnswer:
 
     def _make_echo(self, choice: Choice) -> _Echo:
         token_ids = choice.generation.request.token_ids
-        prompt = self._request.prompts[choice.index // self._request.num_choices]
-        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(token_ids)
+        text = prompt_text(self._request, choice, self._tokenizer)
         if self._request.logprobs is None:
             return _Echo(text)
         offsets = self._tokenizer.texts.offsets(token_ids, text)

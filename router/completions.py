@@ -5,6 +5,7 @@ from __future__ import annotations
 from router.choice import Choice
 from router.openai_schema import CompletionRequest
 from router.submitter import Submitter
+from router.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -32,6 +33,12 @@ class Completions:
             prompt_logprobs=_prompt_logprobs(request),
             timeout_s=timeout_s,
         )
+
+
+def prompt_text(request: CompletionRequest, choice: Choice, tokenizer: Tokenizer) -> str:
+    """The prompt that `choice` answers, as `echo` repeats it: text as it came, ids as they read."""
+    prompt = request.prompts[choice.index // request.num_choices]
+    return prompt if isinstance(prompt, str) else tokenizer.decode(choice.generation.request.token_ids)
 
 
 def _prompt_logprobs(request: CompletionRequest) -> int | None:

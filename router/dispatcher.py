@@ -4,38 +4,29 @@
                                                  ▲                   │ refused, failed, worker lost
                                                  └───────────────────┘ prompt + emitted tokens, a new attempt
 
-A request has one `Generation`: a task that makes attempts one after the other, and the `Output` that they write to. An
-emitted token is never retracted, repeated or skipped: every attempt starts behind the tokens already emitted, and lets
-each position pass once (attempt.py, token_fence.py). A request gets exactly one terminal event: its finish reason, or
-an error. Event loop only; used by completions.py.
+A request has one `Generation` (generation.py): a task that makes attempts one after the other, and the `Output` that
+they write to. An emitted token is never retracted, repeated or skipped: every attempt starts behind the tokens already
+emitted, and lets each position pass once (attempt.py, token_fence.py). A request gets exactly one terminal event: its
+finish reason, or an error. Choices with one prompt are generations of their own, of which one has the prompt computed
+(shared_prompt.py). Event loop only; used by submitter.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from itertools import count
 
-from baton.common import events
 from baton.common.clock import Clock
 from baton.common.config import RouterConfig
-from baton.common.errors import BatonError, DeadlineExceeded, InvalidRequest, Unavailable
-from baton.common.sampling import TokenLogprobs
-from protos import worker_pb2 as pb
+from baton.common.errors import Unavailable
 from router.admission import Admission
-from router.attempt import Attempt, Failed, Finished, Outcome, Refused
+from router.generation import Generation
 from router.metrics import Metrics
-from router.output import Output
 from router.placement import Placement
-from router.policy import Decision, RequestFacts
-from router.record import RecentRequests, RequestRecord
+from router.record import RecentRequests
 from router.registry import Registry
-from router.request_spec import spec_of
-from router.types import GenerationRequest, ReaderTooSlow, RequestCancelled, TokenEvent
-
-MAX_UNREAD_TOKENS = 8192
-_TRANSFER_FAULTS = frozenset({"peer_lost", "corrupt", "expired", "aborted", "no_connection", "unknown_lease"})
-_log = logging.getLogger("baton.router")
+from router.shared_prompt import SharedPrompt
+from router.types import GenerationRequest, belongs_to
 
 
 class Dispatcher:
@@ -58,22 +49,25 @@ class Dispatcher:
         metrics.running.set_function(lambda: self.admission.running)
         metrics.queued.set_function(lambda: self.admission.queued)
 
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Start a request; whoever submits must `close` it. Raises Unavailable while draining."""
+    def submit(self, request: GenerationRequest, prompt: SharedPrompt | None = None) -> Generation:
+        """Start a request; whoever submits must `close` it. Choices with one prompt share `prompt`.
+
+        Raises Unavailable while draining.
+        """
         if self.draining:
             raise Unavailable("the server is shutting down")
         if self.is_idle:
             self.last_progress_at = self.clock.now()
-        generation = Generation(self, request, next(self._tickets))
+        generation = Generation(self, request, next(self._tickets), prompt)
         self._generations[request.request_id] = generation
         return generation
 
     def cancel(self, request_id: str) -> bool:
-        """Cancel a running request; False if none has this id."""
-        generation = self._generations.get(request_id)
-        if generation is not None:
+        """Cancel a running request, or all that belong to the API request of this id; False if none does."""
+        running = [one for id_, one in self._generations.items() if belongs_to(id_, request_id)]
+        for generation in running:
             generation.close()
-        return generation is not None
+        return bool(running)
 
     @property
     def is_idle(self) -> bool:
@@ -94,191 +88,3 @@ class Dispatcher:
         self._generations.pop(generation.request.request_id, None)
         self.last_progress_at = self.clock.now()
         self.recent.end(generation.record)
-
-
-class Generation:
-    """One request from submission to its single terminal event; an async iterator of TokenEvent.
-
-    Iterating yields the tokens, then raises the error that ended it, if any. `close` frees the workers at once,
-    whatever the state, and is a no-op once the request is over.
-    """
-
-    def __init__(self, shared: Dispatcher, request: GenerationRequest, ticket: int) -> None:
-        self.request = request
-        self.record = RequestRecord(request.request_id, len(request.token_ids), shared.clock, shared.clock.now())
-        self._shared = shared
-        self._ticket = ticket
-        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        self._output = Output(self.record, shared.metrics, shared.clock)
-        self._attempt: Attempt | None = None
-        self._keep_local = ""
-        shared.recent.begin(self.record)
-        shared.metrics.prompt_tokens.inc(len(request.token_ids))
-        self.task = asyncio.create_task(self._run())
-        self.task.add_done_callback(self._on_task_done)
-
-    # ---- for the reader
-
-    def __aiter__(self) -> Generation:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        event = await self._output.next()
-        if event is None:
-            raise StopAsyncIteration
-        return event
-
-    @property
-    def decision(self) -> Decision | None:
-        """Path and reason of the attempt that delivered the first token, or of the latest one before that."""
-        return self.record.decision
-
-    def finish(self, num_tokens: int) -> None:
-        """A stop string ended the request with its first `num_tokens` tokens: later ones do not count."""
-        self._end_attempt(Finished("stop"))
-        self._output.finish("stop")
-        self.record.finish_reason, self.record.num_output_tokens = "stop", num_tokens
-
-    def close(self) -> None:
-        self.abort(RequestCancelled("the request was cancelled"))
-
-    def abort(self, error: BatonError) -> None:
-        """End it with an error, at once. A no-op once it is over."""
-        self._output.fail(error)
-        self._end_attempt(Failed("cancelled", str(error), retryable=False))
-        self.task.cancel()
-
-    # ---- the life of a request
-
-    async def _run(self) -> None:
-        try:
-            async with asyncio.timeout(self.request.timeout_s):
-                await self._with_slot()
-        except TimeoutError:
-            self._output.fail(DeadlineExceeded(f"the request did not end within {self.request.timeout_s:g} s"))
-        except BatonError as error:
-            self._output.fail(error)
-
-    async def _with_slot(self) -> None:
-        admission, clock = self._shared.admission, self._shared.clock
-        self.record.mark(events.QUEUED)
-        await admission.acquire()
-        started = clock.now()
-        try:
-            await self._serve()
-        finally:
-            admission.release(clock.now() - started)
-
-    async def _serve(self) -> None:
-        """Attempts until one finishes. The count of failures starts again whenever a token was emitted."""
-        failures, num_emitted = 0, 0
-        while not self._output.is_over:
-            decision = await self._place()
-            outcome = await self._attempt_once(decision)
-            if isinstance(outcome, Finished):
-                return
-            if len(self._output.emitted) > num_emitted:
-                failures, num_emitted = 0, len(self._output.emitted)
-            failures += self._counts(outcome)
-            if failures >= self._shared.config.max_attempts:
-                raise Unavailable(f"{failures} attempts failed, the last one with: {outcome.message}")
-
-    async def _place(self) -> Decision:
-        num_tokens = len(self.request.token_ids) + len(self._output.emitted)
-        facts = RequestFacts(num_tokens, self._num_tokens_left, self._keep_local)
-        return await self._shared.placement.find(self._ticket, facts, may_be_refused=not self._output.emitted)
-
-    async def _attempt_once(self, decision: Decision) -> Outcome:
-        """Run one attempt to its outcome. However this is left, no worker keeps the attempt."""
-        session = self._shared.registry.session
-        number = len(self.record.attempts) + 1
-        record = self.record.begin_attempt(number, decision)
-        attempt = self._attempt = Attempt(
-            (self.request.request_id, number),
-            self._spec(),
-            session(decision.worker),
-            session(decision.prefill_worker) if decision.prefill_worker else None,
-            self.record,
-            self,
-        )
-        attempt.start()
-        try:
-            await attempt.wait()
-        finally:
-            outcome = attempt.end(Failed("cancelled", "the request was given up", retryable=False))
-            record.outcome = str(outcome)
-            self._shared.metrics.attempts.labels(decision.path, outcome.code).inc()
-            self._learn(decision, outcome)
-        return outcome
-
-    def _spec(self) -> pb.RequestSpec:
-        emitted = self._output.emitted
-        elapsed_s = self._shared.clock.now() - self.record.received_at
-        return spec_of(self.request, emitted, max(self.request.timeout_s - elapsed_s, 0.001))
-
-    @property
-    def _num_tokens_left(self) -> int:
-        return self.request.sampling.max_tokens - len(self._output.emitted)
-
-    def _counts(self, outcome: Refused | Failed) -> int:
-        """1 if it counts against max_attempts, else 0. Raises what no other attempt could mend."""
-        if isinstance(outcome, Refused):
-            return self._refusal_counts(outcome)
-        if outcome.code == "deadline":
-            raise DeadlineExceeded(outcome.message)
-        if not outcome.retryable:
-            raise Unavailable(f"the worker failed: {outcome.message}")
-        return 1
-
-    def _refusal_counts(self, refused: Refused) -> int:
-        """A full worker costs no attempt: the request waits for room, or is refused if nobody more may wait."""
-        if refused.code == "invalid":
-            raise InvalidRequest(refused.message)
-        if refused.code == "busy" and not self._output.emitted:
-            self._shared.admission.check_queue(refused.retry_after_s)
-        return 0 if refused.code in ("busy", "draining") else 1
-
-    def _learn(self, decision: Decision, outcome: Outcome) -> None:
-        """A hand-over that failed rests its pair and keeps this request on one worker; one that worked clears that."""
-        if decision.prefill_worker is None:
-            return
-        pairs = self._shared.registry.pairs
-        if isinstance(outcome, Finished):
-            pairs.handover_succeeded(decision.prefill_worker, decision.worker)
-        elif outcome.code in _TRANSFER_FAULTS:
-            now = self._shared.clock.now()
-            pairs.handover_failed(decision.prefill_worker, decision.worker, now, outcome.message)
-            self._keep_local = f"local because the hand-over failed ({outcome.code})"
-
-    # ---- tokens and the end
-
-    def on_tokens(self, news: TokenEvent) -> None:
-        """Called by the current attempt."""
-        if self._output.is_over:
-            return
-        if news.token_ids:
-            self._output.add(news.token_ids, news.logprobs)
-            self._shared.last_progress_at = self._output.last_token_at
-        if news.finish_reason is not None:
-            self._output.finish(news.finish_reason)
-        elif self._output.num_unread > MAX_UNREAD_TOKENS:
-            self.abort(ReaderTooSlow(f"{MAX_UNREAD_TOKENS} tokens were waiting to be read"))
-
-    def on_prompt_logprobs(self, logprobs: tuple[TokenLogprobs, ...]) -> None:
-        """Called by the attempt that delivers the first token."""
-        self.prompt_logprobs = logprobs
-
-    def on_prompt_placed(self, worker_id: str) -> None:
-        """Called by the current attempt."""
-
-    def _end_attempt(self, outcome: Outcome) -> None:
-        if self._attempt is not None:
-            self._attempt.end(outcome)
-
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        """The last resort for the one terminal event: the task was cancelled from outside, or has a defect."""
-        if not task.cancelled() and (defect := task.exception()) is not None:
-            _log.error("a defect in the router ended request %s", self.request.request_id, exc_info=defect)
-            self.abort(Unavailable("internal error"))
-        self.abort(RequestCancelled("the request was cancelled"))
-        self._shared.ended(self)

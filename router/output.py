@@ -1,6 +1,6 @@
 """What a request has emitted so far and how it ended: written by its attempts, read by the front end.
 
-The buffer between the two is bounded: see MAX_UNREAD_TOKENS in dispatcher.py. Event loop only.
+The buffer between the two is bounded: see MAX_UNREAD_TOKENS in generation.py. Event loop only.
 """
 
 from __future__ import annotations

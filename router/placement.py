@@ -8,8 +8,9 @@ from baton.common.clock import Clock
 from baton.common.config import RouterConfig
 from baton.common.errors import Unavailable
 from router.admission import Admission, WaitingLine
-from router.policy import Decision, RequestFacts, Wait, decide
+from router.policy import Decision, Predicted, RequestFacts, Wait, decide
 from router.registry import Registry
+from router.shared_prompt import PromptPlace
 
 WORKER_WAIT_S = 30.0
 
@@ -43,6 +44,14 @@ class Placement:
         finally:
             self._admission.parked -= 1
             self._line.leave(ticket)
+
+    def beside(self, place: PromptPlace) -> Decision | None:
+        """The worker that has a prompt's KV, if it takes requests now."""
+        for worker in self._registry.snapshot().workers:
+            if worker.worker_id == place.worker_id and worker.has_room:
+                reason = f"shares the prompt of {place.attempt[0]}"
+                return Decision("local", reason, Predicted(), worker.worker_id)
+        return None
 
     async def _wait(self, ticket: int, facts: RequestFacts, choice: Decision | Wait) -> Decision:
         no_worker_since = None

@@ -16,6 +16,7 @@ from router.choice import Choice
 from router.dispatcher import Dispatcher
 from router.sampling_defaults import SamplingDefaults
 from router.sampling_fields import MAX_CHOICES, SamplingFields
+from router.shared_prompt import SharedPrompt
 from router.text import TextAssembler
 from router.tokenizer import Tokenizer
 from router.types import GenerationRequest
@@ -143,11 +144,12 @@ class Submitter:
         choices: list[Choice] = []
         for prompt, sampling, limit in zip(prompts, settings, max_tokens, strict=True):
             first: Choice | None = None
+            shared = SharedPrompt() if num_choices > 1 else None
             for number in range(num_choices):
                 one = _for_choice(sampling, number)
                 request = GenerationRequest(ids[len(choices)], prompt, one, timeout_s)
                 assembler = TextAssembler(self.tokenizer, prompt, fields.stop_strings, one)
-                generation = self._dispatcher.submit(request)
+                generation = self._dispatcher.submit(request, shared)
                 choices.append(Choice(len(choices), generation, assembler, first, prompt_only=limit == 0))
                 first = first or choices[-1]
         return choices

@@ -10,6 +10,7 @@ from baton.common.sampling import SamplingParams, TokenLogprobs
 
 Path = Literal["local", "remote"]
 FinishReason = Literal["stop", "length"]
+_MAX_DIGITS = 4  # of a choice's number; the random part of an id is longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,12 @@ class TokenEvent:
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def belongs_to(request_id: str, group_id: str) -> bool:
+    """Whether a generation is, or is one of those of, the API request `group_id`: see `Submitter.submit`."""
+    number = request_id.removeprefix(f"{group_id}-")
+    return request_id == group_id or (number != request_id and number.isdecimal() and len(number) <= _MAX_DIGITS)
 
 
 class RequestCancelled(BatonError):

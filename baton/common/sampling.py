@@ -7,6 +7,7 @@ from dataclasses import dataclass
 MAX_PENALTY = 100.0
 MAX_BIAS = 100.0
 MAX_TOP_LOGPROBS = 20
+_ROUNDING = 1e-6  # what is 0.01 to a client may reach a worker as a little less
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class SamplingParams:
             raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
         if not 0.0 <= self.min_p <= 1.0:
             raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
-        if not 1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
+        if not (1 - _ROUNDING) / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
             bounds = f"[{1 / MAX_PENALTY:g}, {MAX_PENALTY:g}]"
             raise ValueError(f"repetition_penalty must lie in {bounds}, got {self.repetition_penalty}")
         for name in ("presence_penalty", "frequency_penalty"):

@@ -78,7 +78,7 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def serving(clock: Clock | None = None, **overrides: dict[str, Any]) -> AsyncIterator[Served]:
+async def serving(clock: Clock | None = None, **overrides: Any) -> AsyncIterator[Served]:
     """A router whose config sections are overridden by keyword, for instance `router={"policy": "remote"}`."""
     server = {"port": 0, "grpc_port": 0} | overrides.pop("server", {})
     router_section = {"heartbeat_interval_s": 0.05, "heartbeat_timeout_s": 1.0} | overrides.pop("router", {})
