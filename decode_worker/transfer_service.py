@@ -10,6 +10,7 @@ import itertools
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,7 +18,8 @@ import grpc
 from baton.worker.half import WorkerContext
 from baton.worker.join import join_pair
 from baton.worker.pair import Pair, Pairs
-from kv_transfer.connection import DECODE_RANK, TransferError
+from baton.worker.threads import run_in_thread, start_thread
+from kv_transfer.connection import DECODE_RANK, TransferError, resolve_backend
 from kv_transfer.events import FromPrefill
 from kv_transfer.messages import Abort, Chunk, Commit, Finish
 from kv_transfer.packing import make_packer
@@ -56,7 +58,7 @@ class TransferService(TransferServicer):
         self._launch_lock = threading.Lock()
         self._stopping = False
         self._epochs = itertools.count(1)
-        self._backend = "nccl" if context.device.type == "cuda" else "gloo"
+        self._backend = resolve_backend(context.config.transfer.backend, context.device)
 
     def refuse_new(self) -> None:
         """The worker stops: a prefill worker that connects again is turned away."""
@@ -79,11 +81,16 @@ class TransferService(TransferServicer):
             await context.write(decode_frame(Refused(message)))
             return
         await self._end_older(hello.worker_id)
+        epoch = f"{self._context.worker_id}/{next(self._epochs)}"
         try:
-            pair = await self._join(hello.worker_id, context)
+            await self._serve(hello, epoch, frames, context)
         except TransferError as error:
             logger.warning("no connection with %s: %s", hello.worker_id, error)
-            return
+        finally:
+            start_thread(partial(self._store.forget, epoch), f"forget {epoch}")
+
+    async def _serve(self, hello: Hello, epoch: str, frames: PrefillFrames, context: Any) -> None:
+        pair = await self._join(hello.worker_id, epoch, context)
         shared_clock = bool(hello.clock_domain) and hello.clock_domain == self._clock_domain
         await self._pairs.serve(pair, lambda: self._run(pair, frames, context, shared_clock))
 
@@ -105,8 +112,7 @@ class TransferService(TransferServicer):
         for older in self._pairs.of_peer(peer):
             await self._pairs.lose(older, "the prefill worker connected again")
 
-    async def _join(self, peer: str, context: Any) -> Pair[transfer_pb2.DecodeFrame, RecvLink]:
-        epoch = f"{self._context.worker_id}/{next(self._epochs)}"
+    async def _join(self, peer: str, epoch: str, context: Any) -> Pair[transfer_pb2.DecodeFrame, RecvLink]:
         config = self._context.config.transfer
         staging = self._pairs.staging(peer, config.window, config.slot_bytes)
         welcome = Welcome(
@@ -119,9 +125,9 @@ class TransferService(TransferServicer):
             self._backend,
         )
         await context.write(decode_frame(welcome))
-        transport = await join_pair(
-            self._context, self._launch_lock, self._backend, self._store.store, epoch, DECODE_RANK
-        )
+        store = await run_in_thread(self._store.take, f"store for {epoch}")
+        transport = await join_pair(self._context, self._launch_lock, self._backend, store, epoch, DECODE_RANK)
+        self._store.give_back(store)
         link = RecvLink(
             transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer, self._timeline
         )

@@ -26,10 +26,11 @@ __all__ = [
     "TransferError",
     "connect",
     "nccl_environment",
+    "resolve_backend",
 ]
 
 DECODE_RANK, PREFILL_RANK = 0, 1
-MAX_CTAS = 4
+MAX_CTAS = 8
 _ARRIVAL_POLL_S = 0.003
 
 
@@ -49,6 +50,15 @@ def nccl_environment() -> dict[str, str]:
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
         "TORCH_NCCL_ENABLE_MONITORING": "0",
     }
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """ "auto" is NCCL on a GPU and gloo elsewhere. Raises ConfigError for NCCL without a GPU."""
+    if backend == "auto":
+        return "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        raise ConfigError("transfer.backend", f"NCCL needs a GPU, and this worker is on {device.type}: use gloo")
+    return backend
 
 
 def connect(

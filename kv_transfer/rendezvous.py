@@ -7,6 +7,7 @@ Every epoch uses its own key prefix (see `kv_transfer.connection`), so stores ar
 from __future__ import annotations
 
 import socket
+import threading
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -25,7 +26,9 @@ class StoreServer:
         listener = _listen(host)
         self.host = host
         self.port: int = listener.getsockname()[1]
-        self._store: Store | None = TCPStore(
+        self._lock = threading.Lock()
+        self._idle: list[Store] = []
+        self._store: TCPStore | None = TCPStore(
             host,
             self.port,
             is_master=True,
@@ -37,13 +40,39 @@ class StoreServer:
     @property
     def store(self) -> Store:
         """Raises TransferError after `close`."""
-        if self._store is None:
-            raise TransferError(f"the store server on {self.host}:{self.port} is closed")
-        return self._store
+        return self._open_store()
+
+    def take(self) -> Store:
+        """A handle for one connection's set-up: a wait in it for a peer that died holds up nobody else. Blocks."""
+        self._open_store()
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return connect_store(self.host, self.port, _TIMEOUT_S)
+
+    def give_back(self, handle: Store) -> None:
+        """A handle that nobody waits in any more."""
+        with self._lock:
+            if self._store is not None:
+                self._idle.append(handle)
+
+    def forget(self, epoch: str) -> None:
+        """Delete what the set-up of a dead epoch has left. Blocks; what cannot be reached is gone with the server."""
+        store = self._open_store()
+        for key in store.list_keys():
+            if key.startswith(f"{epoch}/"):
+                store.delete_key(key)
 
     def close(self) -> None:
         """Stop serving once no connection uses `store` any more. Idempotent."""
-        self._store = None
+        with self._lock:
+            self._store = None
+            self._idle.clear()
+
+    def _open_store(self) -> TCPStore:
+        if self._store is None:
+            raise TransferError(f"the store server on {self.host}:{self.port} is closed")
+        return self._store
 
 
 def connect_store(host: str, port: int, timeout_s: float) -> Store:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
+import numpy as np
 import torch
 
 from baton.common.errors import ConfigError
@@ -29,7 +30,7 @@ class StagingPool:
         self.slot_bytes = slot_bytes
         self.device = device
         stride = -(-slot_bytes // _ALIGNMENT) * _ALIGNMENT
-        self._memory = torch.zeros(num_slots, stride, dtype=torch.uint8, device=device)
+        self._memory = _zeros(num_slots, stride, device)
         self._holders: Counter[int] = Counter()
         self._lock = threading.Lock()
 
@@ -56,3 +57,10 @@ class StagingPool:
             self._holders[index] -= 1
             if not self._holders[index]:
                 del self._holders[index]
+
+
+def _zeros(num_slots: int, stride: int, device: torch.device) -> torch.Tensor:
+    """uint8 [num_slots, stride]; on the CPU pages that are not used yet take no memory."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros((num_slots, stride), dtype=np.uint8))
+    return torch.zeros(num_slots, stride, dtype=torch.uint8, device=device)

@@ -7,6 +7,7 @@ actions become engine commands, transfers and frames. Asyncio thread only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import assert_never
 
 import torch
@@ -29,6 +30,7 @@ from kv_transfer.protocol import PrefillState, counters, prefill_step
 from kv_transfer.sender import SendLink
 from kv_transfer.wire import prefill_frame
 from prefill_worker.dialer import Dialer
+from prefill_worker.gate import PeerGate
 from prefill_worker.peers import Peers
 from protos import transfer_pb2, worker_pb2
 
@@ -74,7 +76,10 @@ class PrefillHalf(BaseHalf):
         self._pairs: Pairs[transfer_pb2.PrefillFrame, SendLink] = Pairs(
             self._feed, context.layout, context.device, self._tasks, context.faults
         )
-        self._peers = Peers(Dialer(context, self._pairs, self._feed, self._mailbox.post), self._tasks)
+        self._gate = PeerGate(context.engine.kv_cache.shape[2], context.config.transfer.peer_share)
+        self._peers = Peers(
+            Dialer(context, self._pairs, self._feed, self._mailbox.post), self._tasks, self._gate.set_num_peers
+        )
 
     async def start(self) -> None:
         self._tasks.spawn(repeat(TICK_S, self._tick), "prefill half: tick")
@@ -174,7 +179,7 @@ class PrefillHalf(BaseHalf):
             case kv.StartSend():
                 self._pairs.get(action.epoch).link.start_send(action)
             case kv.StartPrefill(key):
-                self._start(self._handovers[engine_id(key)])
+                self._enter(self._handovers[engine_id(key)])
             case kv.AbortPrefill(key):
                 self._context.engine.post(Abort(engine_id(key)))
             case kv.ReleasePrefill(key):
@@ -186,8 +191,13 @@ class PrefillHalf(BaseHalf):
             case _:
                 assert_never(action)
 
-    def _start(self, handover: _HandOver) -> None:
+    def _enter(self, handover: _HandOver) -> None:
+        """To the protocol the engine has it from here, also while it waits for other hand-overs to the same peer."""
         handover.started = True
+        num_blocks = self._layout.num_blocks_for(len(handover.attempt.spec.token_ids))
+        self._gate.enter(handover.attempt.engine_id, handover.peer, num_blocks, partial(self._start, handover))
+
+    def _start(self, handover: _HandOver) -> None:
         attempt = handover.attempt
         request = attempt.spec.request(
             attempt.engine_id, self._context.clock.now(), hand_over=True, first_block=handover.first_block
@@ -217,6 +227,7 @@ class PrefillHalf(BaseHalf):
     def _release(self, id_: str) -> None:
         """Nothing reads the blocks any more. An attempt that has not failed is complete: decode goes on with it."""
         self._context.engine.post(Release(id_))
+        self._gate.leave(id_)
         self._attempts.end(self._handovers.pop(id_).attempt)
 
     def _report_failed(self, id_: str, code: str, reason: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.worker.session import RouterSession
@@ -34,11 +35,12 @@ class _Peer:
 
 
 class Peers:
-    """One task per wanted peer."""
+    """One task per wanted peer. `on_count` is told how many there are."""
 
-    def __init__(self, dialer: Dialer, tasks: Tasks) -> None:
+    def __init__(self, dialer: Dialer, tasks: Tasks, on_count: Callable[[int], None]) -> None:
         self._dialer = dialer
         self._tasks = tasks
+        self._on_count = on_count
         self._peers: dict[str, _Peer] = {}
 
     def want(self, session: RouterSession, worker_id: str, address: str) -> None:
@@ -49,6 +51,7 @@ class Peers:
             self._hang_up(worker_id)
             peer = self._peers[worker_id] = _Peer(worker_id, address, wanted_by)
             peer.task = self._tasks.spawn(self._keep(peer), f"peer:{worker_id}")
+            self._on_count(len(self._peers))
         peer.wanted_by.add(session)
         session.send(peer.frame())
 
@@ -75,6 +78,7 @@ class Peers:
         self._dialer.forget(worker_id)
         if peer is not None and peer.task is not None:
             peer.task.cancel()
+            self._on_count(len(self._peers))
 
     async def _keep(self, peer: _Peer) -> None:
         """Connect, and again whenever the connection is lost, until nobody wants it or the peer refuses.

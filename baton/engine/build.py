@@ -12,15 +12,19 @@ from baton.common.errors import ConfigError
 from baton.engine.block_pool import BlockPool
 from baton.engine.device_parts import make_device_parts
 from baton.engine.kv_layout import DTYPES, KVLayout
+from baton.engine.layer_groups import FixedGroups, LayerGroupPlan, LinkSpeed, TaperedGroups
 from baton.engine.loop import Engine
 from baton.engine.models.config import ModelConfig, load_model_config
 from baton.engine.models.decoder import Decoder
 from baton.engine.models.loader import fill_random, load_checkpoint, model_hash, random_hash
-from baton.engine.pool_size import checked_num_blocks, cpu_num_blocks, measured_num_blocks
+from baton.engine.pool_size import checked_num_blocks, connection_bytes, cpu_num_blocks, measured_num_blocks
 from baton.engine.ports import Ports
 from baton.engine.runner import Runner
 from baton.engine.schedulers.chunked import ChunkedScheduler
 from baton.engine.warm_up import plan_lengths, warm_up
+
+# Before anything is measured: the link's speed, and the seconds that a token of a prompt takes.
+_GUESSES = {"cuda": (LinkSpeed(100e9, 0.0002), 25e-6), "cpu": (LinkSpeed(0.5e9, 0.001), 1e-3)}
 
 
 def build_engine(
@@ -53,7 +57,7 @@ def build_engine(
         head_dim=model_config.head_dim,
     )
     model = _load(model_config, max_model_len, DTYPES[dtype], device, None if random_weights else model_dir)
-    runner = _runner(model, layout, config, max_model_len, device)
+    runner = _runner(model, layout, config, max_model_len, device, connection_bytes(transfer))
     pool = BlockPool(runner.num_blocks, config.block_size, config.prefix_cache)
     scheduler = ChunkedScheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
     return Engine(
@@ -62,11 +66,19 @@ def build_engine(
         scheduler,
         ports,
         clock,
-        layer_groups=transfer.layer_groups,
+        layer_groups=make_layer_groups(transfer, layout, device),
         max_model_len=max_model_len,
         overlap=resolve_overlap(config, device),
         launch_lead_s=config.launch_lead_s,
     )
+
+
+def make_layer_groups(transfer: TransferConfig, layout: KVLayout, device: torch.device) -> LayerGroupPlan:
+    """Adaptive groups begin with a guess of link and compute, and are told better."""
+    if transfer.layer_groups:
+        return FixedGroups(layout.num_layers, transfer.layer_groups)
+    link, token_s = _GUESSES["cuda" if device.type == "cuda" else "cpu"]
+    return TaperedGroups(layout, transfer.slot_bytes, link, token_s)
 
 
 def resolve_dtype(dtype: DType, device: torch.device) -> str:
@@ -103,7 +115,14 @@ def _load(
     return model
 
 
-def _runner(model: Decoder, layout: KVLayout, config: EngineConfig, max_model_len: int, device: torch.device) -> Runner:
+def _runner(
+    model: Decoder,
+    layout: KVLayout,
+    config: EngineConfig,
+    max_model_len: int,
+    device: torch.device,
+    reserved_bytes: int,
+) -> Runner:
     parts = make_device_parts(device)
 
     def make_runner(kv_cache: torch.Tensor) -> Runner:
@@ -114,7 +133,7 @@ def _runner(model: Decoder, layout: KVLayout, config: EngineConfig, max_model_le
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
     elif device.type == "cuda":
-        num_blocks = measured_num_blocks(make_runner, layout, config, max_model_len, device)
+        num_blocks = measured_num_blocks(make_runner, layout, config, max_model_len, device, reserved_bytes)
     else:
         num_blocks = cpu_num_blocks(layout, config, max_model_len)
     checked_num_blocks(num_blocks, layout, max_model_len)

@@ -15,26 +15,26 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-
-import torch
 
 from baton.common import events
 from baton.common.clock import Clock
 from baton.common.sampling import TokenLogprobs
-from baton.engine.batch import PrefillSegment, ScheduledStep
+from baton.engine.announce import announcer
+from baton.engine.batch import ScheduledStep
 from baton.engine.block_pool import BlockPool
 from baton.engine.book import RequestBook
 from baton.engine.decode_path import DecodePath
 from baton.engine.flight import Flight, Pacer
 from baton.engine.inbox import Inbox
-from baton.engine.ports import Command, EngineStats, Ports, PrefillDone, SegmentWritten
+from baton.engine.layer_groups import LayerGroupPlan
+from baton.engine.ports import Command, EngineStats, LinkMeasured, Ports, PrefillDone
 from baton.engine.request import Phase, Request
-from baton.engine.runner import OnLayerGroup, Runner
+from baton.engine.runner import Runner
 from baton.engine.sampler import NOT_FINITE
 from baton.engine.schedulers.base import Scheduler
-from baton.engine.segments import completed_blocks, split_layers
+from baton.engine.segments import num_completed_blocks
 from baton.engine.step_log import StepLog
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Engine:
         ports: Ports,
         clock: Clock,
         *,
-        layer_groups: int,
+        layer_groups: LayerGroupPlan,
         max_model_len: int,
         overlap: bool = False,
         launch_lead_s: float | None = None,
@@ -67,7 +67,7 @@ class Engine:
         self._scheduler = scheduler
         self._ports = ports
         self._clock = clock
-        self._groups = split_layers(runner.layout.num_layers, layer_groups)
+        self._layer_groups = layer_groups
         self._log = StepLog(clock)
         self._book = RequestBook(pool, scheduler, self._log, max_model_len=max_model_len, vocab_size=runner.vocab_size)
         self._inbox = Inbox()
@@ -148,7 +148,10 @@ class Engine:
 
     def _handle(self, command: Command) -> None:
         try:
-            self._book.handle(command)
+            if isinstance(command, LinkMeasured):
+                self._layer_groups.set_link(command.speed)
+            else:
+                self._book.handle(command)
         except Exception as error:
             logger.exception("a command went wrong: %s", type(command).__name__)
             self._book.reject(command, repr(error))
@@ -204,8 +207,9 @@ class Engine:
             if segment.is_first:
                 self._log.event(segment.request.request_id, events.PREFILL_START)
         hand_overs = [segment for segment in step.prefills if segment.request.hand_over]
-        groups = self._groups if hand_overs else ()
-        launched = self._runner.launch(step, groups, self._announcer(hand_overs))
+        num_blocks = num_completed_blocks(hand_overs, self._pool.block_size)
+        groups = self._layer_groups.groups(num_blocks, step.num_prefill_tokens) if hand_overs else ()
+        launched = self._runner.launch(step, groups, announcer(self._ports, hand_overs, self._pool.block_size))
         ends = tuple(r.num_computed_tokens + 1 for r in step.decodes) + tuple(s.end for s in step.prefills)
         for request, end in zip(step.requests(), ends, strict=True):
             request.num_computed_tokens = end
@@ -230,20 +234,6 @@ class Engine:
             else:
                 known = logprobs.get(request.request_id)
                 self._accept(request, token, () if known is None else (known,))
-
-    def _announcer(self, hand_overs: Sequence[PrefillSegment]) -> OnLayerGroup:
-        """Tells the ports, layer group by layer group, which blocks of the hand-overs a step completes."""
-        ranges = [(segment.request, *completed_blocks(segment, self._pool.block_size)) for segment in hand_overs]
-
-        def on_layer_group(layer_start: int, layer_end: int, event: torch.cuda.Event | None) -> None:
-            for request, start, end in ranges:
-                if start < end:
-                    blocks = tuple(request.block_table[start:end])
-                    self._ports.on_layer_group(
-                        SegmentWritten(request.request_id, layer_start, layer_end, start, end, blocks, event)
-                    )
-
-        return on_layer_group
 
     def _advance(self, flight: Flight, broken: set[str]) -> None:
         """The step's tokens are computed: let others find the blocks that are full now."""
@@ -274,6 +264,8 @@ class Engine:
     def _report(self, landed: Flight | None) -> None:
         step = ScheduledStep() if landed is None else landed.step
         seconds = 0.0 if landed is None else self._pacer.landed(landed)
+        if step.num_prefill_tokens:
+            self._layer_groups.observe(step.num_prefill_tokens, seconds)
         report = self._log.take(step.num_prefill_tokens, len(step.decodes), seconds)
         try:
             self._ports.on_step(report)

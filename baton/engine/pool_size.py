@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from baton.common.config import EngineConfig
+from baton.common.config import EngineConfig, TransferConfig
 from baton.common.errors import ConfigError
 from baton.engine.batch import Batch
 from baton.engine.kv_layout import KVLayout
@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 MakeRunner = Callable[[torch.Tensor], Runner]
 
+# Measured with NCCL 2.28: what the first communicator of a process takes beside its channels, and what a channel takes.
+FIRST_COMMUNICATOR_BYTES = 300 * 2**20
+COMMUNICATOR_BYTES_PER_CTA = 10 * 2**20
 CPU_CACHE_BYTES = 256 * 2**20
 CPU_TOKENS_PER_SEQ = 256
 
@@ -41,10 +44,26 @@ def checked_num_blocks(num_blocks: int, layout: KVLayout, max_model_len: int) ->
         )
 
 
+def connection_bytes(transfer: TransferConfig) -> int:
+    """What the KV connections for which memory is set aside take on a GPU: staging and communicators."""
+    if not transfer.num_pairs:
+        return 0
+    communicator = transfer.max_ctas * COMMUNICATOR_BYTES_PER_CTA
+    staging = transfer.window * transfer.slot_bytes
+    return FIRST_COMMUNICATOR_BYTES + transfer.num_pairs * (communicator + staging)
+
+
 def measured_num_blocks(
-    make_runner: MakeRunner, layout: KVLayout, config: EngineConfig, max_model_len: int, device: torch.device
+    make_runner: MakeRunner,
+    layout: KVLayout,
+    config: EngineConfig,
+    max_model_len: int,
+    device: torch.device,
+    reserved_bytes: int,
 ) -> int:
     """What the GPU has left for the cache beside weights, decode graphs, the largest step and what must stay free.
+
+    `reserved_bytes` stay free for what is allocated later by others.
 
     Runs the largest step once: `max_num_batched_tokens` of prefill and a sampled row for each of `max_num_seqs`.
     """
@@ -55,9 +74,10 @@ def measured_num_blocks(
         raise ConfigError("engine.max_num_batched_tokens", message) from None
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    room = int(total * config.gpu_memory_utilization) - (total - free) - step_bytes - graph_bytes
-    used = "GPU memory: %d of %d bytes free, the largest step takes %d, decode graphs take %d"
-    logger.info(used, free, total, step_bytes, graph_bytes)
+    taken = step_bytes + graph_bytes + reserved_bytes
+    room = int(total * config.gpu_memory_utilization) - (total - free) - taken
+    used = "GPU memory: %d of %d bytes free, the largest step takes %d, decode graphs take %d, connections %d"
+    logger.info(used, free, total, step_bytes, graph_bytes, reserved_bytes)
     if room < layout.block_bytes:
         message = f"{config.gpu_memory_utilization} of the memory of {device} leaves nothing for the KV cache: raise it"
         raise ConfigError("engine.gpu_memory_utilization", message)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from baton.common.sampling import TokenLogprobs
+from baton.engine.layer_groups import LinkSpeed
 from baton.engine.request import Request
 
 # ---- commands: posted from any thread, drained by the engine thread once per step
@@ -80,7 +81,14 @@ class Abort:
     request_id: str
 
 
-Command = AddRequest | Reserve | Admission | Release | Abort
+@dataclass(frozen=True, slots=True)
+class LinkMeasured:
+    """How fast KV leaves for other workers, for the choice of layer groups."""
+
+    speed: LinkSpeed
+
+
+Command = AddRequest | Reserve | Admission | Release | Abort | LinkMeasured
 
 # ---- results: called on the engine thread; implementations must not block
 

@@ -6,6 +6,7 @@ under the compute. Each (block, layer group) of [first_block_to_send, end of the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 from baton.engine.batch import PrefillSegment
@@ -21,6 +22,12 @@ def split_layers(num_layers: int, num_groups: int) -> tuple[tuple[int, int], ...
         return ((0, num_layers),)
     bounds = [number * (num_layers - 1) // (groups - 1) for number in range(groups)]
     return (*pairwise(bounds), (num_layers - 1, num_layers))
+
+
+def num_completed_blocks(segments: Iterable[PrefillSegment], block_size: int) -> int:
+    """How many blocks a step announces for these hand-overs."""
+    ranges = (completed_blocks(segment, block_size) for segment in segments)
+    return sum(max(0, end - start) for start, end in ranges)
 
 
 def completed_blocks(segment: PrefillSegment, block_size: int) -> tuple[int, int]:

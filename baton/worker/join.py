@@ -34,6 +34,7 @@ async def join_pair(
         operation_timeout_s=context.config.transfer.operation_timeout_s,
         launch_lock=launch_lock,
         cancel=cancel,
+        max_ctas=context.config.transfer.max_ctas,
     )
     joining = start_thread(call, f"join {epoch}")
     try:

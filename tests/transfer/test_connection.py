@@ -13,7 +13,7 @@ import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from baton.common.errors import ConfigError
-from kv_transfer.connection import DECODE_RANK, PREFILL_RANK, connect
+from kv_transfer.connection import DECODE_RANK, PREFILL_RANK, connect, resolve_backend
 from kv_transfer.rendezvous import StoreServer, connect_store
 from kv_transfer.transport import PairTransport, TransferError, run_bounded
 from tests.transfer.io_support import CPU, WAIT_S, gloo_pair, join, listening_addresses, recv, send
@@ -243,3 +243,51 @@ def test_a_bounded_call_gives_its_result_or_its_error() -> None:
 
     with pytest.raises(TransferError, match=r"counting: broken$"):
         run_bounded(fail, 5.0, "counting")
+
+
+# ---- the store
+
+
+def test_a_dead_epoch_leaves_nothing_in_the_store() -> None:
+    server = StoreServer("127.0.0.1")
+    with ThreadPoolExecutor(1) as pool:
+        for epoch in ("worker/1", "worker/11"):
+            other = pool.submit(join, server.take(), epoch, PREFILL_RANK)
+            ends = [join(server.take(), epoch, DECODE_RANK), other.result(WAIT_S)]
+            for end in ends:
+                end.close()
+    server.forget("worker/1")
+    left = server.store.list_keys()
+    assert left
+    assert all(key.startswith("worker/11/") for key in left)
+    server.forget("worker/11")
+    assert server.store.num_keys() == 0
+    server.close()
+
+
+def test_a_handle_in_which_somebody_waits_is_nobody_elses() -> None:
+    server = StoreServer("127.0.0.1")
+    first, second = server.take(), server.take()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(first.get, "key")
+        second.set("other", "1")
+        assert second.get("other") == b"1"
+        server.store.set("key", "2")
+        assert waiting.result(WAIT_S) == b"2"
+    server.give_back(first)
+    assert server.take() is first
+    server.close()
+    with pytest.raises(TransferError, match="closed"):
+        server.take()
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "chosen"), [("auto", "cuda", "nccl"), ("auto", "cpu", "gloo"), ("gloo", "cuda", "gloo")]
+)
+def test_the_backend_follows_the_device_unless_it_is_given(backend: str, device: str, chosen: str) -> None:
+    assert resolve_backend(backend, torch.device(device)) == chosen
+
+
+def test_nccl_without_a_gpu_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"transfer\.backend"):
+        resolve_backend("nccl", CPU)

@@ -12,7 +12,7 @@ from baton.common.config import EngineConfig, TransferConfig
 from baton.common.errors import ConfigError
 from baton.engine.build import build_engine, resolve_dtype
 from baton.engine.loop import Engine
-from baton.engine.pool_size import CPU_CACHE_BYTES
+from baton.engine.pool_size import CPU_CACHE_BYTES, connection_bytes
 from baton.engine.warm_up import decode_sizes, warm_up
 from tests.support.engine_harness import RecordingPorts, greedy, make_harness, random_prompt
 from tests.support.tiny_model import make_tiny_llama
@@ -92,3 +92,10 @@ def test_warming_up_leaves_no_trace(model_dir: Path) -> None:
     warm_up(harness.engine._runner, 5)
     assert not harness.engine.kv_cache.any()
     assert [decode_sizes(n) for n in (1, 2, 5, 8)] == [[1], [1, 2], [1, 2, 4, 5], [1, 2, 4, 8]]
+
+
+def test_memory_for_connections_grows_with_pairs_slots_and_channels() -> None:
+    assert connection_bytes(TransferConfig(num_pairs=0)) == 0
+    one, two = (connection_bytes(TransferConfig(num_pairs=pairs, window=4, slot_bytes=1 << 25)) for pairs in (1, 2))
+    assert two - one > 4 * (1 << 25)
+    assert connection_bytes(TransferConfig(num_pairs=2, max_ctas=16)) > two

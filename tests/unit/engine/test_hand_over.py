@@ -11,6 +11,7 @@ import torch
 from baton.common.sampling import SamplingParams
 from baton.engine.ports import Admission, Release, Reservation
 from baton.engine.request import Request
+from baton.engine.segments import split_layers
 from tests.support.engine_harness import Harness, greedy, make_harness, make_request, random_prompt, seeded
 from tests.support.tiny_model import make_tiny_llama
 
@@ -84,7 +85,7 @@ def test_every_block_of_every_layer_is_announced_once(model_dir: Path, layer_gro
     assert sorted(pairs) == [(layer, block) for layer in range(LAYERS) for block in range(5)]
     for segment in harness.ports.segments:
         assert len(segment.block_ids) == segment.block_end - segment.block_start
-    assert {s.layer_end for s in harness.ports.segments} == {end for _, end in harness.engine._groups}
+    assert {s.layer_end for s in harness.ports.segments} == {end for _, end in split_layers(LAYERS, layer_groups)}
     assert len(harness.ports.segments) > layer_groups
 
 
