@@ -25,7 +25,6 @@ from benchmarks.transfer.children import gpus
 from benchmarks.transfer.figures import Row
 from benchmarks.transfer.parts import PARTS, rows
 from benchmarks.transfer.session import Options, Session
-from kv_transfer.connection import MAX_CTAS
 
 Flag = typer.Option
 TOKENS = (512, 2048, 8192, 32768, 131008)  # the last leaves the model's length room for an answer
@@ -45,9 +44,10 @@ def bench_transfer(
     context: Annotated[int, Flag(min=1, help="Tokens of each of them at the start.")] = 2048,
     block_size: Annotated[int, Flag()] = _ENGINE.block_size,
     prefill_budget: Annotated[int, Flag(min=1, help="Tokens of one prefill step.")] = 8192,
-    layer_groups: Annotated[int, Flag(min=1)] = _TRANSFER.layer_groups,
+    layer_groups: Annotated[int, Flag(min=0, help="0 adapts to compute and link.")] = _TRANSFER.layer_groups,
     window: Annotated[int, Flag(min=1, help="Slots of a pair.")] = _TRANSFER.window,
     slot_kib: Annotated[int, Flag(min=4, help="KiB of one slot, the largest message.")] = _TRANSFER.slot_bytes // 1024,
+    max_ctas: Annotated[int, Flag(min=1, help="Multiprocessors that NCCL may take.")] = _TRANSFER.max_ctas,
     window_s: Annotated[float, Flag(help="Seconds of steps for each comparison.")] = 2.0,
     plot: Annotated[bool, Flag(help="Draw figures beside the JSON.")] = True,
 ) -> None:
@@ -69,7 +69,7 @@ def bench_transfer(
         layer_groups=layer_groups,
         window=window,
         slot_bytes=slot_kib * 1024,
-        max_ctas=MAX_CTAS,
+        max_ctas=max_ctas,
         window_s=window_s,
     )
     done = asyncio.run(_run(options, parts, out, commit))

@@ -15,6 +15,7 @@ MIB = 1 << 20
 RAW_MIN_BYTES = 256 * MIB
 LONGEST_BESIDE_BATCH = 32768
 LONGEST_REPEATED = 16384
+PACKED_LAYERS = 4
 STREAMING = {"stream": "layer groups", "bulk": "after the compute"}
 Part = Callable[[Session], AsyncIterator[Row]]
 
@@ -49,8 +50,7 @@ async def raw(session: Session) -> AsyncIterator[Row]:
 
 async def packing(session: Session) -> AsyncIterator[Row]:
     """Of one full slot at each end, while nothing else runs."""
-    last = session.about["stream"]["num_layers"]
-    group = max(1, (last - 1) // max(1, session.options.layer_groups - 1))
+    group = min(PACKED_LAYERS, session.about["stream"]["num_layers"])
     for name, calls in (("stream", ("pack", "gather")), ("decode", ("unpack", "scatter"))):
         times = await session.children[name].ask("pack_seconds", layers=group)
         ours, bare = (times[f"{call}_call"] for call in calls)

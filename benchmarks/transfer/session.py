@@ -51,7 +51,7 @@ class Options:
     @property
     def batch_tokens(self) -> int:
         """Tokens that each sequence of the batch may grow by: more than the steps of all windows."""
-        return max(256, int(self.window_s * 1500))
+        return max(256, int(self.window_s * (1500 if self.device == "cuda" else 4000)))
 
     def config(self, name: str, model: Path) -> dict[str, Any]:
         """The worker's whole configuration. `bulk` announces all layers at once and computes long prompts in one."""
@@ -75,6 +75,7 @@ class Options:
         transfer = {
             "window": self.window,
             "slot_bytes": self.slot_bytes,
+            "max_ctas": self.max_ctas,
             "layer_groups": 1 if name == "bulk" else self.layer_groups,
         }
         cluster = {"device": self.device, "worker_host": "127.0.0.1"}
