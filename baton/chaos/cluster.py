@@ -106,16 +106,19 @@ class TargetCluster:
                 use.setdefault(labels["worker"], {})["staging"] = value
         return use
 
-    async def attempts(self) -> tuple[dict[str, int], int]:
-        """The router's attempts by outcome, and how many frames about ended ones it has dropped."""
+    async def counts(self) -> tuple[dict[str, int], dict[str, int], int]:
+        """The router's attempts by outcome, requests by path, and how many frames about ended attempts it dropped."""
         outcomes: Counter[str] = Counter()
+        paths: Counter[str] = Counter()
         fenced = 0
         for name, labels, value in _samples((await self._http.get("/metrics")).text):
             if name == "baton_attempts_total":
                 outcomes[labels["outcome"]] += int(value)
+            elif name == "baton_requests_total":
+                paths[labels["path"]] += int(value)
             elif name == "baton_fenced_frames_total":
                 fenced = int(value)
-        return dict(outcomes), fenced
+        return dict(outcomes), dict(paths), fenced
 
     async def _get(self, path: str) -> dict[str, Any]:
         response = await self._http.get(path)

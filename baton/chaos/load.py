@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
 import random
 import time
 from collections.abc import AsyncGenerator
@@ -15,33 +17,42 @@ import httpx
 from baton.chaos.plan import LoadPlan
 from baton.common.errors import BatonError
 
+_STOPS = tuple("abcdefghijklmnopqrstuvwxyz")
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request. `temperature` 0 is greedy."""
+    """One request. `temperature` 0 is greedy. `cancel_after`: its client disconnects after so many tokens."""
 
     prompt: tuple[int, ...]
     max_tokens: int
     temperature: float
     seed: int
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    cancel_after: int | None = None
 
 
 @dataclass(slots=True)
 class Stream:
     """What a client saw of its request. Times are those of `time.monotonic`; `arrivals` has one per chunk with tokens.
 
-    `error` is empty for a stream that ended as it should. `prompt_tokens` and `completion_tokens` are the usage.
+    `error` is empty for a stream that ended as it should, also when its own client ended it (`cancelled`).
+    `prompt_tokens` and `completion_tokens` are the usage.
     """
 
     job: Job
     started_at: float
     request_id: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
     arrivals: list[float] = field(default_factory=list)
     finish_reason: str | None = None
     prompt_tokens: int = -1
     completion_tokens: int = -1
     num_refused: int = 0
+    cancelled: bool = False
     error: str = ""
     ended_at: float = 0.0
 
@@ -74,7 +85,11 @@ class Jobs:
         if rng.random() < 0.2:
             prompt = self._shared[: length // 2] + prompt[length // 2 :]
         temperature = 0.9 if rng.random() < plan.sampled else 0.0
-        return Job(prompt, rng.randint(*plan.output_tokens), temperature, rng.getrandbits(63))
+        max_tokens, seed = rng.randint(*plan.output_tokens), rng.getrandbits(63)
+        stop = tuple(rng.sample(_STOPS, 3)) if rng.random() < plan.with_stop else ()
+        logprobs = rng.random() < plan.with_logprobs
+        cancel_after = rng.randint(1, max_tokens) if rng.random() < plan.cancelled else None
+        return Job(prompt, max_tokens, temperature, seed, stop, logprobs, cancel_after)
 
     def _tokens(self, count: int) -> tuple[int, ...]:
         return tuple(self._rng.randrange(self._vocab_size) for _ in range(count))
@@ -112,8 +127,12 @@ class Client:
     async def _until_accepted(self, stream: Stream) -> None:
         while True:
             try:
-                async for chunk in self.chunks(stream.job):
-                    _take(stream, chunk)
+                async with contextlib.aclosing(self.chunks(stream.job)) as chunks:
+                    async for chunk in chunks:
+                        _take(stream, chunk)
+                        if len(stream.token_ids) >= (stream.job.cancel_after or math.inf):
+                            stream.cancelled = True
+                            return
                 return
             except ComeAgain as refusal:
                 stream.num_refused += 1
@@ -133,12 +152,17 @@ class Client:
         raise StreamBroken("the stream ended without its last event")
 
     def _body(self, job: Job) -> dict[str, object]:
-        return {
+        optional: dict[str, object] = {"stop": list(job.stop)} if job.stop else {}
+        if job.logprobs:
+            optional["logprobs"] = 0
+        return optional | {
             "model": self._model,
             "prompt": list(job.prompt),
             "max_tokens": job.max_tokens,
             "temperature": job.temperature,
             "seed": job.seed,
+            "top_p": 1.0,
+            "top_k": -1,
             "ignore_eos": True,
             "return_token_ids": True,
             "stream": True,
@@ -164,6 +188,9 @@ def _take(stream: Stream, chunk: dict[str, Any]) -> None:
         if choice["token_ids"]:
             stream.token_ids += choice["token_ids"]
             stream.arrivals.append(time.monotonic())
+        if choice["logprobs"] is not None:
+            stream.logprobs += choice["logprobs"]["token_logprobs"]
+        stream.text += choice["text"]
         stream.finish_reason = choice["finish_reason"] or stream.finish_reason
     if usage := chunk.get("usage"):
         stream.prompt_tokens, stream.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]

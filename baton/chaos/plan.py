@@ -22,7 +22,8 @@ class _Section(BaseModel):
 class LoadPlan(_Section):
     """`concurrency` clients, each with one request at a time, until `requests` were sent and `duration_s` has passed.
 
-    Lengths are drawn evenly from their range, both ends included. `sampled`: share of requests with a temperature.
+    Lengths are drawn evenly from their range, both ends included. Shares of the requests: `sampled` with a temperature,
+    `with_stop` with stop strings, `with_logprobs` asking for them, `cancelled` by their client amid the stream.
     `think_s`: a client's pause between two requests. `timeout_s`: a request that takes longer is lost.
     """
 
@@ -32,6 +33,9 @@ class LoadPlan(_Section):
     prompt_tokens: Range = (1, 200)
     output_tokens: Range = (4, 64)
     sampled: float = Field(0.3, ge=0, le=1)
+    with_stop: float = Field(0.0, ge=0, le=1)
+    with_logprobs: float = Field(0.0, ge=0, le=1)
+    cancelled: float = Field(0.0, ge=0, le=1)
     think_s: float = Field(0.0, ge=0)
     timeout_s: float = Field(90.0, gt=0)
 
@@ -92,10 +96,14 @@ Fault = Annotated[Kill | Pause | Aborts | Inject | KillProcess, Field(discrimina
 
 
 class Limits(_Section):
-    """`recover_s`: every worker attached and every pair connected again after the last fault. `at_rest_s`: I4."""
+    """`recover_s`: every worker attached and every pair connected again after the last fault. `at_rest_s`: I4.
+
+    `near_tie`: a token whose logit is below the best by less than this is not wrong. The default is for float32 (I7).
+    """
 
     recover_s: float = Field(60.0, gt=0)
     at_rest_s: float = Field(10.0, gt=0)
+    near_tie: float = Field(1e-4, gt=0)
 
 
 class ChaosPlan(_Section):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from baton.chaos.faults import Injection
 from baton.chaos.load import Stream
-from baton.chaos.run import Result
+from baton.chaos.result import Result
 
 MAX_LINES = 20
 NO_FAULT = "before any fault"
@@ -80,18 +80,35 @@ def print_report(console: Console, result: Result) -> None:
         table.add_row(name, *map(str, counts), *((f"{row.stall_s:.2f}", whole) if row.injected else "--"))
     console.print(table)
     console.print(
-        f"{len(result.streams)} requests, {result.num_tokens} tokens in {result.load_s:.0f} s: "
+        f"{len(result.streams)} requests ({_kinds(result.streams)}), {result.num_tokens} tokens "
+        f"in {result.load_s:.0f} s: "
         f"{len(result.lost)} lost, {len(result.wrong)} wrong, {sum(result.near_ties.values())} near-ties; "
         f"at rest after {result.at_rest_s:.1f} s, {result.blocks_leaked} blocks leaked, "
         f"{result.processes_left} processes left",
         highlight=False,
     )
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(result.attempts.items()))
-    console.print(f"attempts: {outcomes}; {result.fenced_frames} frames of ended attempts were fenced", highlight=False)
+    paths = ", ".join(f"{count} {path}" for path, count in sorted(result.paths.items()))
+    console.print(
+        f"paths: {paths}; attempts: {outcomes}; {result.fenced_frames} frames of ended attempts were fenced; "
+        f"log-probabilities within {result.max_logprob_error:.1e}",
+        highlight=False,
+    )
     for kind, lines in (("lost", result.lost.values()), ("wrong", result.wrong.values()), ("", result.problems)):
         for line in list(lines)[:MAX_LINES]:
             console.print(f"{kind}: {line}" if kind else line, markup=False, highlight=False)
     console.print("all invariants held" if result.is_good else "VIOLATED", style="green" if result.is_good else "red")
+
+
+def _kinds(streams: list[Stream]) -> str:
+    jobs = [stream.job for stream in streams]
+    counts = {
+        "sampled": sum(job.temperature > 0 for job in jobs),
+        "ended by a stop string": sum(stream.finish_reason == "stop" for stream in streams),
+        "with logprobs": sum(job.logprobs for job in jobs),
+        "cancelled": sum(stream.cancelled for stream in streams),
+    }
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def as_dict(result: Result) -> dict[str, object]:
@@ -101,11 +118,15 @@ def as_dict(result: Result) -> dict[str, object]:
     return {
         "ok": result.is_good,
         "requests": len(result.streams),
+        "of_which": _kinds(result.streams),
         "tokens": result.num_tokens,
         "load_s": round(result.load_s, 3),
         "at_rest_s": round(result.at_rest_s, 3),
         "blocks_leaked": result.blocks_leaked,
         "processes_left": result.processes_left,
+        "near_ties": sum(result.near_ties.values()),
+        "max_logprob_error": result.max_logprob_error,
+        "paths": result.paths,
         "attempts": result.attempts,
         "fenced_frames": result.fenced_frames,
         "faults": table,

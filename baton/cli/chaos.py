@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from baton.chaos.plan import ChaosPlan, load_plan
 from baton.chaos.report import as_dict, print_report
 from baton.chaos.run import run_plan
+from benchmarks.serve.environment import describe_client
 
 Flag = typer.Option
 
@@ -33,7 +35,8 @@ def chaos(
     result = run_plan(_overridden(load_plan(plan), attach, model, duration, seed), console.print)
     print_report(console, result)
     if out is not None:
-        out.write_text(json.dumps(as_dict(result), indent=2) + "\n", encoding="utf-8")
+        origin = {"plan": plan.name, "client": asyncio.run(describe_client())}
+        out.write_text(json.dumps(origin | as_dict(result), indent=2) + "\n", encoding="utf-8")
     if not result.is_good:
         raise typer.Exit(1)
 

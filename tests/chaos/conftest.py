@@ -10,6 +10,7 @@ import pytest_asyncio
 import torch
 
 from baton.chaos.cluster import target_cluster
+from baton.chaos.judge import Judge
 from baton.chaos.load import Client
 from baton.chaos.plan import ChaosPlan
 from baton.chaos.reference import Reference
@@ -38,7 +39,7 @@ async def running_cluster(model: Path, oracle: GreedyOracle) -> AsyncIterator[Ha
     async with target_cluster(ChaosPlan(config=config), model, print) as cluster:
         client = Client(cluster.url, await cluster.model_name(), 60.0)
         size = await cluster.size()
-        yield Harness(cluster, client, size, oracle, Reference(model))
+        yield Harness(cluster, client, size, oracle, Judge(model, Reference(model)))
         await client.close()
 
 

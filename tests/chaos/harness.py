@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 
 from baton.chaos.cluster import Size, TargetCluster, Worker
+from baton.chaos.judge import Judge
 from baton.chaos.load import Client, Job, Stream
-from baton.chaos.reference import Reference
-from baton.chaos.run import Result, judge
+from baton.chaos.result import Result
 from baton.chaos.watch import BlockWatch, until_at_rest, until_complete
 from baton.common.config import FaultSettings
 from tests.support.oracle import GreedyOracle
@@ -67,7 +67,7 @@ class Harness:
     client: Client
     size: Size
     oracle: GreedyOracle
-    reference: Reference
+    judge: Judge
     http: httpx.AsyncClient = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Harness:
     async def check(self, *running: Running) -> None:
         """Every stream ends well and is that of an undisturbed run; greedy ones are compared with transformers too."""
         result = Result(streams=[await one.end() for one in running])
-        judge(result, self.reference)
+        self.judge.judge(result, print)
         assert not result.lost, result.lost
         assert not result.wrong, result.wrong
         for stream in result.streams:
