@@ -14,6 +14,7 @@ from kv_transfer.device_clock import DeviceClock
 from kv_transfer.events import Pack, Packed, PeerLost, SendDone, StartSend
 from kv_transfer.fingerprint import block_salts
 from kv_transfer.link import Link
+from kv_transfer.link_meter import LinkMeter
 from kv_transfer.packing import Packer
 from kv_transfer.staging import StagingPool
 from kv_transfer.transport import PairTransport, TransferError
@@ -38,6 +39,7 @@ class SendLink(Link[Packed | SendDone]):
         self._kv_cache = kv_cache
         self._packed_bytes: dict[int, int] = {}
         self._clock = DeviceClock(staging.device)
+        self.meter = LinkMeter()
 
     def pack(self, action: Pack, block_ids: Sequence[int], event: torch.cuda.Event | None) -> None:
         """Gather the segment's blocks into its slot once `event` has fired; then Packed.
@@ -74,10 +76,12 @@ class SendLink(Link[Packed | SendDone]):
         if packed != action.num_bytes:
             raise TransferError(f"slot {action.slot} holds {packed} packed bytes, asked to send {action.num_bytes}")
         with self._wire.stream.after(None):
+            started = time.monotonic()
             transfer = self._transport.start_send(self._staging.slot(action.slot)[: action.num_bytes])
 
         def finish() -> SendDone:
             transfer.wait()
+            self.meter.add(action.num_bytes, started, time.monotonic())
             return SendDone(action.peer, action.epoch, action.seq)
 
         return finish

@@ -13,7 +13,8 @@ from typing import assert_never
 import torch
 
 from baton.common import events
-from baton.engine.ports import Abort, AddRequest, PrefillDone, Release, RequestFailed, SegmentWritten
+from baton.engine.layer_groups import LinkSpeed
+from baton.engine.ports import Abort, AddRequest, LinkMeasured, PrefillDone, Release, RequestFailed, SegmentWritten
 from baton.worker.attempts import Attempt
 from baton.worker.coordinator import TICK_S, Coordinator
 from baton.worker.half import AttemptCommand, BaseHalf, PeerCommand, WorkerContext
@@ -35,6 +36,7 @@ from prefill_worker.peers import Peers
 from protos import transfer_pb2, worker_pb2
 
 STOP_TIMEOUT_S = 8.0
+MESSAGE_S = 0.0002  # what a message costs either end beyond its bytes
 
 
 @dataclass(slots=True)
@@ -72,6 +74,7 @@ class PrefillHalf(BaseHalf):
         self._protocol: Coordinator[PrefillState, kv.PrefillEvent, kv.PrefillAction] = Coordinator(
             PrefillState.initial(), prefill_step, self._execute, context.faults
         )
+        self._link_speed = 0.0
         self._mailbox: Mailbox[kv.PrefillEvent] = Mailbox(context.loop, self._feed, context.faults)
         self._pairs: Pairs[transfer_pb2.PrefillFrame, SendLink] = Pairs(
             self._feed, context.layout, context.device, self._tasks, context.faults
@@ -160,6 +163,15 @@ class PrefillHalf(BaseHalf):
 
     def _tick(self) -> None:
         self._feed(kv.Tick(self._context.clock.now()))
+        self._tell_link_speed()
+
+    def _tell_link_speed(self) -> None:
+        """Let the engine plan for the slowest link when that has changed by a quarter."""
+        speeds = [speed for link in self._pairs.links() if (speed := link.meter.bytes_per_s) is not None]
+        slowest = min(speeds, default=self._link_speed)
+        if abs(slowest - self._link_speed) > self._link_speed / 4:
+            self._link_speed = slowest
+            self._context.engine.post(LinkMeasured(LinkSpeed(slowest, MESSAGE_S)))
 
     def _feed(self, event: kv.PrefillEvent) -> None:
         if isinstance(event, kv.Packed) and event.written_at is not None:

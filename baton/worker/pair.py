@@ -108,6 +108,10 @@ class Pairs(Generic[F, L]):
             pool = self._staging[peer] = StagingPool(self._layout, window, slot_bytes, self._device)
         return pool
 
+    def links(self) -> list[L]:
+        """Of the live and dying epochs."""
+        return [pair.link for pair in self._pairs.values()]
+
     def of_peer(self, peer: str) -> list[Pair[F, L]]:
         return [pair for pair in self._pairs.values() if pair.peer == peer]
 

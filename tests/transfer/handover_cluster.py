@@ -16,6 +16,7 @@ from baton.worker.shell import WorkerShell
 from decode_worker.handover import DecodeHalf
 from kv_transfer.events import Unpack
 from kv_transfer.receiver import RecvLink
+from kv_transfer.timeline import Timeline
 from prefill_worker.handover import PrefillHalf
 from protos import worker_pb2 as pb
 from protos.transfer_pb2 import DecodeFrame
@@ -99,6 +100,11 @@ class Cluster:
         rest = await decode.finished(key)
         assert min(decode.tokens[key]) == min(prefill.tokens[key]) + 1
         return first + rest
+
+    def timeline(self) -> Timeline:
+        """What the decode worker measured."""
+        [half] = [half for half in self.decode._halves if isinstance(half, DecodeHalf)]
+        return half.timeline
 
     async def at_rest(self) -> None:
         await self.to_prefill.at_rest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,32 @@ async def test_known_blocks_are_not_sent_again(connected: Cluster) -> None:
     assert connected.to_decode.reserved["a", 1].num_cached_tokens == 0
     assert connected.to_decode.reserved["b", 1].num_cached_tokens == 96
     assert 0 < unpacks.count - sent < sent / 2
+    [whole, rest] = connected.timeline().hand_overs()
+    block_bytes = connected.decode._engine.layout.block_bytes
+    assert (whole.num_bytes, rest.num_bytes) == (7 * block_bytes, 1 * block_bytes)
     await connected.at_rest()
+
+
+async def test_the_timeline_of_a_hand_over_is_in_order(connected: Cluster) -> None:
+    before = time.monotonic()
+    await connected.remote("a", spec(prompt(100)))
+    [times] = connected.timeline().hand_overs()
+    chunks = connected.timeline().chunks()
+    assert times.num_chunks == len(chunks) > 3
+    assert times.num_bytes == sum(chunk.num_bytes for chunk in chunks)
+    assert times.written_at is not None
+    assert times.verified_at is not None
+    assert before < times.written_at < times.verified_at <= times.admissible_at < time.monotonic()
+    assert times.exposed_s == times.admissible_at - times.written_at
+    for chunk in chunks:
+        assert chunk.written_at is not None
+        assert chunk.posted_at is not None
+        assert chunk.received_at is not None
+        assert chunk.verified_at is not None
+        assert chunk.written_at < chunk.announced_at <= chunk.posted_at <= chunk.received_at <= chunk.verified_at
+    assert sum(connected.timeline().totals().receive_posted.counts) == len(chunks)
+    assert connected.timeline()._open == {}
+    assert connected.timeline()._leases == {}
 
 
 async def test_a_prompt_that_decode_knows_whole_needs_no_chunk(connected: Cluster) -> None:
