@@ -27,8 +27,7 @@ class Chat:
             [prompt] = await submitter.encode(read.texts, add_special_tokens=bool(request.add_special_tokens))
             limit = self._limit(len(prompt), request.asked_tokens)
         except InvalidRequest as error:
-            param = "messages" if error.param == "prompt" else error.param
-            raise InvalidRequest(str(error), param, error.code) from None
+            raise InvalidRequest(str(error), _param(error.param, request), error.code) from None
         return request, submitter.submit([prompt], request, [limit], logprobs=request.num_top, id_prefix="chatcmpl")
 
     def _limit(self, num_prompt_tokens: int, asked: int | None) -> int:
@@ -36,3 +35,10 @@ class Chat:
         if asked is None and not self._submitter.max_model_len:
             raise Unavailable("no worker has attached yet, so the model's length is not known")
         return self._submitter.max_tokens(num_prompt_tokens, asked, MAX_TOKENS)
+
+
+def _param(param: str | None, request: ChatRequest) -> str | None:
+    """What is called so in the other API, as this one calls it."""
+    if param == "max_tokens" and request.max_completion_tokens is not None:
+        return "max_completion_tokens"
+    return "messages" if param == "prompt" else param

@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SkipValidation
 
 from baton.common.errors import InvalidRequest
-from router.prompt_shape import MAX_PROMPT_TOKENS, check_prompt  # noqa: F401
+from router.prompt_shape import check_prompt
 from router.sampling_fields import MAX_TOKENS, NumTop, SamplingFields
 from router.schema_errors import validated
 from router.unsupported import UnsupportedFields

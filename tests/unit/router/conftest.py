@@ -79,12 +79,16 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def serving(clock: Clock | None = None, **overrides: Any) -> AsyncIterator[Served]:
-    """A router whose config sections are overridden by keyword, for instance `router={"policy": "remote"}`."""
+    """A router whose config sections are overridden by keyword, for instance `router={"policy": "remote"}`.
+
+    `chat_templates`: instead of none at all.
+    """
+    chat_templates = overrides.pop("chat_templates", None)
     server = {"port": 0, "grpc_port": 0} | overrides.pop("server", {})
     router_section = {"heartbeat_interval_s": 0.05, "heartbeat_timeout_s": 1.0} | overrides.pop("router", {})
     config = BatonConfig.model_validate({"model": MODEL, "server": server, "router": router_section, **overrides})
     tokenizer = byte_tokenizer()
-    router = Router(config, tokenizer, clock)
+    router = Router(config, tokenizer, clock, chat_templates)
     await router.start()
     try:
         url = f"http://127.0.0.1:{router.http_port}"

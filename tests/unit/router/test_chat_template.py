@@ -41,7 +41,10 @@ MARKED = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
     "{% endgeneration %}{% else %}{{ message.content }}|{% endif %}{% endfor %}"
 )
-TALK = [{"role": "user", "content": "Hi <b>\u4f60</b> "}, {"role": "assistant", "content": " Well, "}]
+TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": "Hi <b>\u4f60</b> "},
+    {"role": "assistant", "content": " Well, "},
+]
 CALL = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "\u00e9<"}'}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
@@ -56,8 +59,8 @@ def rendered(template: str, messages: list[dict[str, Any]], **fields: Any) -> st
 
 
 def oracle(template: str, messages: list[dict[str, Any]], **arguments: Any) -> str:
-    texts, _ = render_jinja_template([messages], chat_template=template, **TOKENS, **arguments)
-    return str(texts[0])
+    rendered = render_jinja_template([messages], chat_template=template, **{**TOKENS, **arguments})
+    return str(rendered[0][0])
 
 
 @pytest.mark.parametrize("template", [PLAIN, TRIMMING, STRICT, MARKED], ids=["plain", "trimming", "strict", "marked"])
@@ -75,7 +78,7 @@ def test_the_last_message_is_continued_as_transformers_does(template: str) -> No
 
 
 def test_tools_calls_and_their_answers_reach_the_template() -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "1+1"},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "2", "tool_call_id": "c"},
@@ -204,7 +207,7 @@ async def endless() -> AsyncIterator[RequestReader]:
 
 @pytest.mark.parametrize("name", ["loop", "power"])
 async def test_an_endless_template_is_ended_and_the_next_request_answered(endless: RequestReader, name: str) -> None:
-    with pytest.raises(InvalidRequest, match="took over 0.5 s") as error:
+    with pytest.raises(InvalidRequest, match=r"took over 0\.5 s") as error:
         await endless.chat(body(chat_template=name))
     assert error.value.code == "too_expensive"
     assert (await endless.chat(body())).texts == ["<s>[user] x</s>\n[assistant] "]
