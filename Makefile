@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PART := .ci/part
 
-.PHONY: demo test protos clean lint types imports protos-fresh unit kernels transfer explorer explorer-standard cluster chaos
+.PHONY: demo test protos clean lint types imports protos-fresh unit kernels transfer sampling explorer explorer-standard cluster chaos
 
 demo: .venv/.runtime
 	$(BIN)/baton demo
@@ -11,7 +11,7 @@ demo: .venv/.runtime
 # What needs one core runs two at a time; what starts clusters has the machine to itself.
 test: .venv/.dev
 	@$(PART) --begin
-	@$(MAKE) --no-print-directory -j2 --output-sync=target explorer unit kernels types transfer lint imports protos-fresh
+	@$(MAKE) --no-print-directory -j2 --output-sync=target explorer unit kernels types transfer sampling lint imports protos-fresh
 	@$(MAKE) --no-print-directory cluster chaos
 	@$(PART) --summary
 
@@ -27,7 +27,7 @@ test: .venv/.dev
 	$(BIN)/python -m pip install -q -e .[dev]
 	@touch $@ .venv/.runtime
 
-# Each part prints what it took of its budget in seconds on two cores; the budgets add up to 25 minutes.
+# Each part prints what it took of its budget in seconds on two cores; the budgets add up to 26 minutes.
 lint: .venv/.dev
 	@$(PART) lint 30 sh -c '$(BIN)/ruff check . && $(BIN)/ruff format --check .'
 
@@ -48,6 +48,9 @@ kernels: .venv/.dev
 
 transfer: .venv/.dev
 	@$(PART) transfer 140 $(BIN)/pytest -q tests/transfer --ignore=tests/transfer/test_mutants.py --ignore-glob=*/test_explorer* 
+
+sampling: .venv/.dev
+	@$(PART) sampling 60 $(BIN)/pytest -q tests/sampling
 
 explorer: .venv/.dev
 	@$(PART) explorer 300 $(BIN)/pytest -q -s -m 'not slow' tests/transfer/test_mutants.py tests/transfer/test_explorer.py
