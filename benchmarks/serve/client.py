@@ -105,7 +105,7 @@ class _StreamSink:
 
     def on_head(self, status: int, headers: dict[str, str], now: float) -> None:  # noqa: ARG002
         self._record.status = status
-        self._record.path = headers.get(PATH_HEADER)
+        self._record.path = _path(headers.get(PATH_HEADER))
         if status != 200:
             _fail(self._record, f"http_{status}", "")
 
@@ -116,6 +116,11 @@ class _StreamSink:
             return
         for payload in self._events.feed(body):
             self._reader.feed(payload, now)
+
+
+def _path(header: str | None) -> str | None:
+    """The path alone: behind it stands why it was taken, which differs from request to request."""
+    return None if header is None else header.partition(";")[0].strip()
 
 
 def _fail(record: RequestRecord, kind: str, message: str) -> None:

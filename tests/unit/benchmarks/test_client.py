@@ -259,7 +259,7 @@ async def test_a_closed_loop_keeps_its_concurrency_and_sends_all() -> None:
 
 async def test_path_header_and_api_key_with_a_percent_sign() -> None:
     async def named(exchange: Exchange) -> None:
-        exchange.head(headers="X-Baton-Path: remote\r\nTransfer-Encoding: chunked\r\n")
+        exchange.head(headers="X-Baton-Path: remote; auto: 0.1 s local; more\r\nTransfer-Encoding: chunked\r\n")
         exchange.token(text=exchange.headers["authorization"], finish="stop")
         exchange.end()
         keys.append(exchange.headers["authorization"])
