@@ -88,7 +88,9 @@ def connect(
         if backend == "gloo":
             return connect_gloo(keys, rank, host, connect_timeout_s, operation_timeout_s)
         lock = launch_lock or threading.Lock()
-        return connect_nccl(keys, rank, device, connect_timeout_s, operation_timeout_s, lock, max_ctas)
+        return connect_nccl(
+            keys, rank, device, connect_timeout_s, operation_timeout_s, lock, max_ctas, rank == PREFILL_RANK
+        )
     except RuntimeError as error:
         raise TransferError(f"{backend} connect under epoch {epoch}: {first_line(error)}") from None
 

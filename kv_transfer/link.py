@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 E = TypeVar("E")
 T = TypeVar("T")
+# A decode step shall not wait for what arrives. What leaves prefill is small beside the kernels of a prompt, whose
+# blocks fill the device: behind them a message would wait for a whole layer.
+LOW_PRIORITY, HIGH_PRIORITY = 0, -1
 Finish = Callable[[], E]  # waits for what was started; its outcome
 
 
@@ -42,8 +45,8 @@ class _SlotAction(Protocol):
 class Lane:
     """A CUDA stream, the thread that launches on it, and the thread that waits for what was launched."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.stream = TransferStream(device)
+    def __init__(self, name: str, device: torch.device, priority: int) -> None:
+        self.stream = TransferStream(device, priority)
         self.starts = JobThread(f"{name} start")
         self.ends = JobThread(f"{name} end")
 
@@ -64,6 +67,7 @@ class Link(Generic[E]):
         staging: StagingPool,
         on_event: Callable[[E | PeerLost], None],
         name: str,
+        priority: int,
         close_timeout_s: float,
     ) -> None:
         self._transport = transport
@@ -72,8 +76,8 @@ class Link(Generic[E]):
         self._close_timeout_s = close_timeout_s
         self._stopped = threading.Event()
         self._reporting = threading.RLock()
-        self._copy = Lane(f"{name} copy", staging.device)
-        self._wire = Lane(f"{name} wire", staging.device)
+        self._copy = Lane(f"{name} copy", staging.device, priority)
+        self._wire = Lane(f"{name} wire", staging.device, priority)
 
     def close(self) -> None:
         """Destroy the epoch: end the operations in flight, drop what is queued, end the threads. Idempotent.
@@ -131,13 +135,12 @@ class Link(Generic[E]):
 
 
 class TransferStream:
-    """A CUDA stream for one lane; on the CPU, nothing."""
+    """A CUDA stream for one lane; on the CPU, nothing. Zero is the lowest priority, negative ones go first."""
 
-    def __init__(self, device: torch.device) -> None:
-        # Zero is the lowest priority there is: the model's kernels go first wherever its stream has a higher one.
+    def __init__(self, device: torch.device, priority: int) -> None:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def after(self, event: torch.cuda.Event | None) -> Iterator[None]:

@@ -35,9 +35,11 @@ def connect_nccl(
     operation_timeout_s: float,
     launch_lock: threading.Lock,
     max_ctas: int,
+    high_priority: bool,
 ) -> NcclTransport:
     """Join the communicator of two whose id lies in `store`, and move one byte through it, so that no chunk pays for
-    connecting. `max_ctas` bounds the multiprocessors it takes from the model. Raises TransferError, ConfigError.
+    connecting. `max_ctas` bounds the multiprocessors it takes from the model; with `high_priority` its kernels go
+    before those of other streams. Raises TransferError, ConfigError.
     """
     factory = getattr(torch.distributed, "ProcessGroupNCCL", None)
     if factory is None or device.type != "cuda":
@@ -45,7 +47,7 @@ def connect_nccl(
 
     def join() -> NcclTransport:
         with torch.cuda.device(device):
-            group = _make_group(factory, store, rank, device, connect_timeout_s, max_ctas)
+            group = _make_group(factory, store, rank, device, connect_timeout_s, max_ctas, high_priority)
             transport = NcclTransport(group, 1 - rank, operation_timeout_s, launch_lock)
             transport.exchange_first_byte(rank, device)
         return transport
@@ -55,11 +57,18 @@ def connect_nccl(
 
 
 def _make_group(
-    factory: Any, store: Store, rank: int, device: torch.device, timeout_s: float, max_ctas: int
+    factory: Any,
+    store: Store,
+    rank: int,
+    device: torch.device,
+    timeout_s: float,
+    max_ctas: int,
+    high_priority: bool,
 ) -> PairGroup:
     options = factory.Options()
     options._timeout = timedelta(seconds=timeout_s)
     options.config.max_ctas = max_ctas
+    options.is_high_priority_stream = high_priority
     group = factory(store, rank, 2, options)
     if hasattr(group, "eager_connect_single_device"):
         # Without it each first send or recv of a pair makes a further communicator.

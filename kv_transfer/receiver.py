@@ -12,7 +12,7 @@ import torch
 
 from kv_transfer.events import PeerLost, Received, StartRecv, Unpack, Unpacked
 from kv_transfer.fingerprint import block_salts
-from kv_transfer.link import Link
+from kv_transfer.link import LOW_PRIORITY, Link
 from kv_transfer.packing import Packer
 from kv_transfer.staging import StagingPool
 from kv_transfer.timeline import Timeline
@@ -34,7 +34,7 @@ class RecvLink(Link[Received | Unpacked]):
         timeline: Timeline | None = None,
         close_timeout_s: float = 10.0,
     ) -> None:
-        super().__init__(transport, staging, on_event, "kv recv", close_timeout_s)
+        super().__init__(transport, staging, on_event, "kv recv", LOW_PRIORITY, close_timeout_s)
         self._packer = packer
         self._kv_cache = kv_cache
         self._timeline = timeline or Timeline()

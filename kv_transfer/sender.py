@@ -13,7 +13,7 @@ import torch
 from kv_transfer.device_clock import DeviceClock
 from kv_transfer.events import Pack, Packed, PeerLost, SendDone, StartSend
 from kv_transfer.fingerprint import block_salts
-from kv_transfer.link import Link
+from kv_transfer.link import HIGH_PRIORITY, Link
 from kv_transfer.link_meter import LinkMeter
 from kv_transfer.packing import Packer
 from kv_transfer.staging import StagingPool
@@ -34,7 +34,7 @@ class SendLink(Link[Packed | SendDone]):
         on_event: Callable[[SendEvent], None],
         close_timeout_s: float = 10.0,
     ) -> None:
-        super().__init__(transport, staging, on_event, "kv send", close_timeout_s)
+        super().__init__(transport, staging, on_event, "kv send", HIGH_PRIORITY, close_timeout_s)
         self._packer = packer
         self._kv_cache = kv_cache
         self._packed_bytes: dict[int, int] = {}

@@ -284,3 +284,65 @@ def test_close_returns_only_after_the_copy_in_progress() -> None:
         closed.result(WAIT_S)
         assert prefill.staging.in_use == 0
         assert not any(isinstance(event, Packed | SendDone) for event in list(prefill.events.queue))
+
+
+# ---- several operations in flight
+
+
+class _Held:
+    """A transfer that ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def wait(self) -> None:
+        assert self.done.wait(WAIT_S)
+
+
+class _HoldingTransport:
+    """Starts everything at once and ends nothing by itself."""
+
+    def __init__(self) -> None:
+        self.started: queue.Queue[_Held] = queue.Queue()
+
+    def start_send(self, buffer: torch.Tensor) -> _Held:
+        held = _Held()
+        self.started.put(held)
+        return held
+
+    start_recv = start_send
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_send_starts_before_the_one_before_has_ended() -> None:
+    transport = _HoldingTransport()
+    prefill = PrefillEnd(transport)
+    for seq in range(2):
+        prefill.pack(seq, seq, SEGMENT, SOURCE, LEASE)
+        prefill.start_send(seq, seq, SEGMENT)
+    first, second = transport.started.get(timeout=WAIT_S), transport.started.get(timeout=WAIT_S)
+    second.done.set()
+    assert prefill.staging.in_use == 2
+    first.done.set()
+    prefill.sent(0)
+    prefill.sent(1)
+    prefill.link.close()
+    assert prefill.staging.in_use == 0
+
+
+def test_close_waits_for_what_was_started_and_reports_none_of_it() -> None:
+    transport = _HoldingTransport()
+    decode = DecodeEnd(transport)
+    decode.start_recv(0, 0, SEGMENT)
+    held = transport.started.get(timeout=WAIT_S)
+    closing = threading.Thread(target=decode.link.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    held.done.set()
+    closing.join(WAIT_S)
+    assert not closing.is_alive()
+    assert decode.events.empty()
+    assert decode.staging.in_use == 0
