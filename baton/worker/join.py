@@ -37,14 +37,22 @@ async def join_pair(
         max_ctas=context.config.transfer.max_ctas,
     )
     joining = start_thread(call, f"join {epoch}")
+    waiting = asyncio.wrap_future(joining)
     try:
-        return context.injector.transport(await asyncio.shield(asyncio.wrap_future(joining)))
+        return context.injector.transport(await asyncio.shield(waiting))
     except asyncio.CancelledError:
         cancel.set()
         joining.add_done_callback(_close_unused)
+        waiting.add_done_callback(_retrieve)
         raise
 
 
 def _close_unused(joining: Future[PairTransport]) -> None:
     if joining.exception() is None:
         joining.result().close()
+
+
+def _retrieve(waiting: asyncio.Future[PairTransport]) -> None:
+    """Nobody waits any more: asyncio need not warn of how it ended."""
+    if not waiting.cancelled():
+        waiting.exception()
