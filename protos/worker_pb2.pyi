@@ -252,19 +252,25 @@ class GenerateCommand(_message.Message):
 
     KEY_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    FORK_OF_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def key(self) -> Global___AttemptKey: ...
     @_builtins.property
     def spec(self) -> Global___RequestSpec: ...
+    @_builtins.property
+    def fork_of(self) -> Global___AttemptKey:
+        """an attempt here with the same prompt: share its blocks if it still runs"""
+
     def __init__(
         self,
         *,
         key: Global___AttemptKey | None = ...,
         spec: Global___RequestSpec | None = ...,
+        fork_of: Global___AttemptKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fork_of", b"fork_of", "key", b"key", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fork_of", b"fork_of", "key", b"key", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

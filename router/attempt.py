@@ -1,6 +1,7 @@
 """One try at one request, on one worker (local) or on two (remote).
 
     local:  Generate ──────────────────────────────▶ tokens … finish
+            (with `fork_of`, the attempt on that worker whose prompt it shares)
     remote: Open ▶ Reserved ▶ Prefill ▶ first token (prefill worker), the rest (decode worker)
             Open ▶ Refused
 
@@ -88,6 +89,7 @@ class Attempt:
         prefill: WorkerSession | None,
         record: RequestRecord,
         owner: AttemptOwner,
+        fork_of: AttemptId | None = None,
     ) -> None:
         self.outcome: Outcome | None = None
         self._over = asyncio.Event()
@@ -98,6 +100,7 @@ class Attempt:
         self._prefill = prefill
         self._record = record
         self._owner = owner
+        self._fork_of = fork_of
         self._logprobs: dict[int, TokenLogprobs] = {}  # by position, of tokens that wait in the fence
         self._fence = TokenFence(spec.num_emitted, spec.num_emitted + spec.max_tokens)
         self._told: list[WorkerSession] = []  # workers that know this attempt and have not said that it ended there
@@ -107,13 +110,19 @@ class Attempt:
         num_tokens = len(self._spec.token_ids)
         if self._prefill is None:
             self._worker.enlist(self._id, self, num_tokens)
-            self._tell(self._worker, pb.RouterFrame(generate=pb.GenerateCommand(key=self._key, spec=self._spec)))
+            self._tell(self._worker, pb.RouterFrame(generate=self._generate_command()))
             return
         self._worker.enlist(self._id, self, 0)
         self._prefill.enlist(self._id, self, num_tokens)
         command = pb.OpenCommand(key=self._key, spec=self._spec, prefill_worker_id=self._prefill.worker_id)
         self._record.mark(events.OPENED)
         self._tell(self._worker, pb.RouterFrame(open=command))
+
+    def _generate_command(self) -> pb.GenerateCommand:
+        command = pb.GenerateCommand(key=self._key, spec=self._spec)
+        if self._fork_of is not None:
+            command.fork_of.request_id, command.fork_of.attempt = self._fork_of
+        return command
 
     async def wait(self) -> None:
         """Returns when the outcome is set."""

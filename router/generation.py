@@ -26,6 +26,7 @@ from router.registry import Registry
 from router.request_spec import spec_of
 from router.shared_prompt import PromptPlace, SharedPrompt
 from router.types import GenerationRequest, ReaderTooSlow, RequestCancelled, TokenEvent
+from router.worker_session import AttemptId
 
 MAX_UNREAD_TOKENS = 8192
 _TRANSFER_FAULTS = frozenset({"peer_lost", "corrupt", "expired", "aborted", "no_connection", "unknown_lease"})
@@ -67,6 +68,7 @@ class Generation:
         self._keep_local = ""
         self._prompt = prompt
         self._leads = False
+        self._fork_of: AttemptId | None = None
         shared.recent.begin(self.record)
         if request.sampling.choice == 0:
             shared.metrics.prompt_tokens.inc(len(request.token_ids))
@@ -142,7 +144,9 @@ class Generation:
     async def _place(self) -> Decision:
         place = await self._place_of_prompt() if not self.record.attempts else None
         if place is not None and (decision := self._shared.placement.beside(place)) is not None:
+            self._fork_of = place.attempt
             return decision
+        self._fork_of = None
         num_tokens = len(self.request.token_ids) + len(self._output.emitted)
         facts = RequestFacts(num_tokens, self._num_tokens_left, self._keep_local)
         return await self._shared.placement.find(self._ticket, facts, may_be_refused=not self._output.emitted)
@@ -172,6 +176,7 @@ class Generation:
             session(decision.prefill_worker) if decision.prefill_worker else None,
             self.record,
             self,
+            self._fork_of,
         )
         attempt.start()
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-AttemptId = tuple[str, int]
+from router.worker_session import AttemptId
 
 
 @dataclass(frozen=True, slots=True)

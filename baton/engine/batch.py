@@ -39,10 +39,14 @@ class PrefillSegment:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
-    """A scheduler's choice. Every request in it has the blocks for the tokens that it computes."""
+    """A scheduler's choice. Every request in it has the blocks for the tokens that it computes.
+
+    `copies`: (source, copy) of blocks whose KV is to be copied before anything is computed.
+    """
 
     decodes: tuple[Request, ...] = ()
     prefills: tuple[PrefillSegment, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)

@@ -22,7 +22,8 @@ class Request:
     """Owned by the engine thread. `token_ids` is prompt and output; KV exists for `num_computed_tokens` of them.
 
     `hand_over`: stop after the first token and keep the blocks for the transfer. `num_emitted`: tokens of the prompt
-    that earlier attempts already emitted, so the first new token has output position `num_emitted`.
+    that earlier attempts already emitted, so the first new token has output position `num_emitted`. `fork_of`: another
+    request with the same prompt, whose blocks this one shares if that one still runs when this one starts.
 
     `num_computed_tokens` runs ahead of the tokens: it counts a step from its launch on, so the last token may be drawn
     and not be known yet. `draw_row` is its row among the draws of the step launched last; `steps_in_flight` counts the
@@ -36,6 +37,7 @@ class Request:
     hand_over: bool = False
     num_emitted: int = 0
     first_block_to_send: int = 0
+    fork_of: str = ""
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0

@@ -102,11 +102,18 @@ class Runner:
         """Poison blocks, so that a read of what nobody has written shows. For tests: the pool's `on_allocate`."""
         self.kv_cache[:, :, list(blocks)] = torch.nan
 
+    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """On the current stream: behind the steps that wrote the sources, before those that write the copies."""
+        sources, targets = torch.tensor(copies, dtype=torch.int64).to(self._device, non_blocking=True).T
+        self.kv_cache.index_copy_(2, targets, self.kv_cache.index_select(2, sources))
+
     def _launch_eagerly(
         self, step: ScheduledStep, groups: LayerGroups, on_layer_group: OnLayerGroup, logprobs: StepLogprobs
     ) -> int:
         if self.decode_path is not None:
             self.decode_path.forget_last()
+        if step.copies:
+            self._copy_blocks(step.copies)
         sampled = step.sampled()
         after_layer = self._after_layer(groups, on_layer_group) if groups else None
         batch = build_batch(step, self.layout.block_size)

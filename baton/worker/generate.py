@@ -9,6 +9,8 @@ from baton.common.clock import Clock
 from baton.engine.ports import Abort, AddRequest, RequestFailed
 from baton.worker.attempts import Attempt, Attempts
 from baton.worker.half import AttemptCommand, BaseHalf, EnginePort
+from baton.worker.session import engine_id
+from protos import worker_pb2 as pb
 
 
 class GenerateHalf(BaseHalf):
@@ -21,8 +23,11 @@ class GenerateHalf(BaseHalf):
         self._attempts = attempts
         self._clock = clock
 
-    def begin(self, attempt: Attempt, _command: AttemptCommand) -> None:
-        self._engine.post(AddRequest(attempt.spec.request(attempt.engine_id, self._clock.now())))
+    def begin(self, attempt: Attempt, command: AttemptCommand) -> None:
+        assert isinstance(command, pb.GenerateCommand)
+        shares = command.HasField("fork_of")
+        fork_of = engine_id(attempt.session.key(command.fork_of)) if shares else ""
+        self._engine.post(AddRequest(attempt.spec.request(attempt.engine_id, self._clock.now(), fork_of=fork_of)))
 
     def cancel(self, attempt: Attempt) -> None:
         self._engine.post(Abort(attempt.engine_id))

@@ -31,8 +31,13 @@ class Spec:
     sampling: SamplingParams
     deadline_s: float | None
 
-    def request(self, engine_id: str, arrival: float, *, hand_over: bool = False, first_block: int = 0) -> Request:
-        """A fresh engine request; `first_block` is the first logical block that a hand-over has to send."""
+    def request(
+        self, engine_id: str, arrival: float, *, hand_over: bool = False, first_block: int = 0, fork_of: str = ""
+    ) -> Request:
+        """A fresh engine request; `first_block` is the first logical block that a hand-over has to send.
+
+        `fork_of`: the engine's id of the request whose prompt it shares.
+        """
         return Request(
             request_id=engine_id,
             token_ids=list(self.token_ids),
@@ -41,6 +46,7 @@ class Spec:
             hand_over=hand_over,
             num_emitted=self.num_emitted,
             first_block_to_send=first_block,
+            fork_of=fork_of,
         )
 
 

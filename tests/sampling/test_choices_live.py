@@ -46,6 +46,17 @@ async def test_choices_share_the_prompt_and_draw_their_own(
     assert prefills.total <= length + 3 * 16
 
 
+async def test_one_token_of_the_prompt_is_computed_for_each_further_choice(server: Server) -> None:
+    """The rest lies in shared blocks, the last of which is copied."""
+    token_ids = prompt(90, seed=len(server.path))
+    with counted_prefills() as prefills:
+        content = await server.complete(prompt=token_ids, n=3, max_tokens=200, ignore_eos=True)
+    assert content["usage"]["completion_tokens"] == 600
+    assert sorted(prefills.computed.values()) == [1, 1, 90]
+    forks = {request.fork_of for request in prefills.requests.values() if request.fork_of}
+    assert len(forks) == 1
+
+
 async def test_a_choice_is_what_it_would_be_alone(cluster: Live) -> None:
     """The first choice of n is the only one of 1, and both paths have the same n."""
     fields: dict[str, Any] = {"prompt": prompt(50, seed=2), "seed": 5, "max_tokens": 10, "return_token_ids": True}

@@ -24,6 +24,7 @@ class ChunkedScheduler:
         self._waiting: dict[str, Request] = {}
         self._running: dict[str, Request] = {}
         self._seats: set[str] = set()
+        self._copies: list[tuple[int, int]] = []
         self._blocked_at: tuple[str, int] | None = None
         self._is_blocked = False
 
@@ -64,7 +65,9 @@ class ChunkedScheduler:
         for request in decodes:
             self._pool.grow(request.request_id, self._pool.blocks_for(request.num_computed_tokens + 1))
         budget = self._max_num_batched_tokens - len(decodes)
-        return ScheduledStep(decodes, self._schedule_prefills(budget))
+        prefills = self._schedule_prefills(budget)
+        copies, self._copies = tuple(self._copies), []
+        return ScheduledStep(decodes, prefills, copies)
 
     def _schedule_prefills(self, budget: int) -> tuple[PrefillSegment, ...]:
         segments: list[PrefillSegment] = []
@@ -95,18 +98,46 @@ class ChunkedScheduler:
         attempt = (request.request_id, self._pool.committed)
         if not self.has_seat() or attempt == self._blocked_at:
             return False
+        if not (self._fork(request) or self._open(request)):
+            self._blocked_at = attempt
+            return False
+        del self._waiting[request.request_id]
+        self.admit(request)
+        return True
+
+    def _open(self, request: Request) -> bool:
+        """Give a request its first blocks: those that the prefix cache has."""
         max_blocks = self._pool.blocks_for(request.max_total_tokens)
         # The last token is always computed, because its logits are needed.
         # All are, when what the model makes of the prompt is wanted.
         reusable = 0 if request.wants_prompt_logprobs else request.num_prompt_tokens - 1
         hit = self._pool.match_prefix(request.token_ids, reusable)
         if not self._pool.can_admit(max_blocks, hit):
-            self._blocked_at = attempt
             return False
         request.block_table = self._pool.open(request.request_id, max_blocks, hit, Use.RUNNING)
         request.num_computed_tokens = request.num_cached_tokens = len(hit.blocks) * self._pool.block_size
         if request.hand_over:
             self._pool.grow(request.request_id, max_blocks)
-        del self._waiting[request.request_id]
-        self.admit(request)
+        return True
+
+    def _fork(self, request: Request) -> bool:
+        """Share the blocks of a running request with the same prompt, all but its last token, which is computed anew.
+
+        The block that this token is written to, if others read it, is copied first.
+        """
+        num_shared = request.num_prompt_tokens - 1
+        parent = self._running.get(request.fork_of)
+        if parent is None or request.hand_over or request.wants_prompt_logprobs:
+            return False
+        if parent.num_computed_tokens < num_shared or parent.token_ids[:num_shared] != request.token_ids[:num_shared]:
+            return False
+        max_blocks = self._pool.blocks_for(request.max_total_tokens)
+        table = self._pool.fork(parent.request_id, request.request_id, num_shared, max_blocks)
+        if table is None:
+            return False
+        if num_shared % self._pool.block_size:
+            copy = self._pool.ensure_writable(request.request_id, len(table) - 1)
+            self._copies += [copy] if copy is not None else []
+        request.block_table = table
+        request.num_computed_tokens = request.num_cached_tokens = num_shared
         return True

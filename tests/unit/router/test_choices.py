@@ -42,6 +42,9 @@ async def test_one_prefill_and_one_hand_over_for_all(workers: list[FakeWorker], 
     assert len(decode.received("open")) == len(prefill.received("prefill")) == int(remote)
     assert choices_of(decode.received("generate")) == ([1, 2] if remote else [0, 1, 2])
     assert not prefill.received("generate")
+    forks = [(command.fork_of.request_id, command.fork_of.attempt) for command in decode.received("generate")[-2:]]
+    assert forks == [(f"{content['id']}-0", 1)] * 2
+    assert remote or not decode.received("generate")[0].HasField("fork_of")
     specs = [command.spec for command in [*decode.received("open"), *decode.received("generate")]]
     assert {(spec.seed, tuple(spec.token_ids), spec.num_emitted) for spec in specs} == {(8, (1, 2, 3), 0)}
     assert [choice["index"] for choice in content["choices"]] == [0, 1, 2]
@@ -120,6 +123,7 @@ async def test_every_choice_recovers_by_itself(workers: list[FakeWorker]) -> Non
             (1, 0, 6, 4),
             (2, 1, 5, 3),
         ]
+        assert not any(command.HasField("fork_of") for command in healthy.received("generate"))
         assert content["usage"] == {"prompt_tokens": 3, "completion_tokens": 18, "total_tokens": 21}
 
 
