@@ -54,19 +54,21 @@ class WorkerLink:
         self._observer = observer
         self._clock = clock
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._keep_attached(), name=f"worker-link {self.address}")
 
     async def close(self) -> None:
         """End the session, if any; its attempts are told."""
+        self._closed = True  # a cancel that meets the end of a dial can be lost; the next dial must not follow
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _keep_attached(self) -> None:
         backoff_s = _FIRST_BACKOFF_S
-        while True:
+        while not self._closed:
             attached = await self._attach_once()
             backoff_s = _FIRST_BACKOFF_S if attached else min(backoff_s * 2, _MAX_BACKOFF_S)
             await asyncio.sleep(backoff_s)
@@ -76,7 +78,8 @@ class WorkerLink:
         async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
             call = pb_grpc.WorkerStub(channel).Attach(None)
             try:
-                hello = await asyncio.wait_for(self._greet(call), self._settings.heartbeat_timeout_s)
+                async with asyncio.timeout(self._settings.heartbeat_timeout_s):
+                    hello = await self._greet(call)
             except TimeoutError:
                 self.last_error = f"no hello within {self._settings.heartbeat_timeout_s:g} s"
             except grpc.aio.AioRpcError as error:
