@@ -17,6 +17,7 @@ import httpx
 from baton.chaos.plan import LoadPlan
 from baton.common.errors import BatonError
 
+_NUM_TOP = 2
 _STOPS = tuple("abcdefghijklmnopqrstuvwxyz")
 
 
@@ -46,6 +47,7 @@ class Stream:
     request_id: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[str, float]] = field(default_factory=list)
     text: str = ""
     arrivals: list[float] = field(default_factory=list)
     finish_reason: str | None = None
@@ -154,7 +156,7 @@ class Client:
     def _body(self, job: Job) -> dict[str, object]:
         optional: dict[str, object] = {"stop": list(job.stop)} if job.stop else {}
         if job.logprobs:
-            optional["logprobs"] = 0
+            optional["logprobs"] = _NUM_TOP
         return optional | {
             "model": self._model,
             "prompt": list(job.prompt),
@@ -190,6 +192,7 @@ def _take(stream: Stream, chunk: dict[str, Any]) -> None:
             stream.arrivals.append(time.monotonic())
         if choice["logprobs"] is not None:
             stream.logprobs += choice["logprobs"]["token_logprobs"]
+            stream.top_logprobs += choice["logprobs"]["top_logprobs"]
         stream.text += choice["text"]
         stream.finish_reason = choice["finish_reason"] or stream.finish_reason
     if usage := chunk.get("usage"):
