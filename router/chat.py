@@ -28,7 +28,8 @@ class Chat:
             limit = self._limit(len(prompt), request.asked_tokens)
         except InvalidRequest as error:
             raise InvalidRequest(str(error), _param(error.param, request), error.code) from None
-        return request, submitter.submit([prompt], request, [limit], logprobs=request.num_top, id_prefix="chatcmpl")
+        choices = await submitter.submit([prompt], request, [limit], logprobs=request.num_top, id_prefix="chatcmpl")
+        return request, choices
 
     def _limit(self, num_prompt_tokens: int, asked: int | None) -> int:
         """By default an answer may fill what the prompt leaves of the model's length, as in OpenAI's API."""

@@ -25,7 +25,7 @@ class Completions:
         submitter.accept(request.model, request.num_ignored_fields)
         prompts = await submitter.token_ids(request.prompts)
         limits = [submitter.max_tokens(len(prompt), request.max_tokens, DEFAULT_MAX_TOKENS) for prompt in prompts]
-        return submitter.submit(
+        return await submitter.submit(
             prompts,
             request,
             limits,

@@ -29,6 +29,7 @@ from router.completions import Completions
 from router.dispatcher import Dispatcher
 from router.grpc_service import InferenceService
 from router.health import is_ready
+from router.http_protocol import BoundedH11Protocol
 from router.metrics import Metrics
 from router.reader.pool import RequestReader
 from router.record import RecentRequests
@@ -39,7 +40,8 @@ from router.tokenizer import Tokenizer
 from router.worker_link import LinkSettings
 
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-_HEADER_BYTES = 64 * 1024
+_HEADER_BYTES = 16 * 1024  # h11 takes 1 ms per kilobyte of short lines
+_METADATA_BYTES = 64 * 1024
 _SHUTDOWN_S = 5
 _GRPC_OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -47,7 +49,7 @@ _GRPC_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.max_concurrent_streams", 4096),
-    ("grpc.max_metadata_size", _HEADER_BYTES),
+    ("grpc.max_metadata_size", _METADATA_BYTES),
 )
 
 
@@ -168,7 +170,7 @@ class _HttpServer(uvicorn.Server):
 def _uvicorn_config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",
+        http=BoundedH11Protocol,
         ws="none",
         lifespan="off",
         log_config=None,

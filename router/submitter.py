@@ -9,6 +9,7 @@ import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from baton.common.errors import InvalidRequest, ModelNotFound
 from baton.common.sampling import SamplingParams
@@ -68,9 +69,12 @@ class Submitter:
         """Text that is too long by any count is refused unread. Raises InvalidRequest."""
         for text in texts:
             self.check_length(self.tokenizer.min_tokens(text), 1)
+        encode = partial(
+            self.tokenizer.encode, add_special_tokens=add_special_tokens, max_tokens=self.max_model_len or None
+        )
 
         def encode_all() -> list[TokenIds]:
-            return [self.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+            return list(map(encode, texts))
 
         is_long = sum(map(len, texts)) >= _LONG_TEXT
         encoded = await asyncio.to_thread(encode_all) if is_long else encode_all()
@@ -107,7 +111,7 @@ class Submitter:
 
     # ---- generations
 
-    def submit(
+    async def submit(
         self,
         prompts: Sequence[TokenIds],
         fields: SamplingFields,
@@ -142,16 +146,22 @@ class Submitter:
         ids = _request_ids(f"{id_prefix}-{secrets.token_hex(16)}", len(prompts) * num_choices)
         timeout_s = min(self._request_timeout_s, timeout_s or self._request_timeout_s)
         choices: list[Choice] = []
-        for prompt, sampling, limit in zip(prompts, settings, max_tokens, strict=True):
-            first: Choice | None = None
-            shared = SharedPrompt() if num_choices > 1 else None
-            for number in range(num_choices):
-                one = _for_choice(sampling, number)
-                request = GenerationRequest(ids[len(choices)], prompt, one, timeout_s)
-                assembler = TextAssembler(self.tokenizer, prompt, fields.stop_strings, one)
-                generation = self._dispatcher.submit(request, shared)
-                choices.append(Choice(len(choices), generation, assembler, first, prompt_only=limit == 0))
-                first = first or choices[-1]
+        try:
+            for prompt, sampling, limit in zip(prompts, settings, max_tokens, strict=True):
+                first: Choice | None = None
+                shared = SharedPrompt() if num_choices > 1 else None
+                for number in range(num_choices):
+                    one = _for_choice(sampling, number)
+                    request = GenerationRequest(ids[len(choices)], prompt, one, timeout_s)
+                    assembler = TextAssembler(self.tokenizer, prompt, fields.stop_strings, one)
+                    generation = self._dispatcher.submit(request, shared)
+                    choices.append(Choice(len(choices), generation, assembler, first, prompt_only=limit == 0))
+                    first = first or choices[-1]
+                await asyncio.sleep(0)  # one prompt a turn: telling a worker of a long one takes milliseconds
+        except BaseException:
+            for choice in choices:
+                choice.close()
+            raise
         return choices
 
     def cancel(self, request_id: str) -> bool:

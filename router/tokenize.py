@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
 from baton.common.errors import InvalidRequest
 from router.chat_schema import ChatInput
+from router.prompt_shape import MAX_PROMPT_TOKENS
 from router.reader.pool import RequestReader
 from router.schema_errors import validated
 from router.submitter import Submitter
@@ -77,8 +78,13 @@ class TokenizeService:
             raise InvalidRequest("prompt must be text", "prompt")
         add_special = not read.rendered if options.add_special_tokens is None else options.add_special_tokens
         tokenizer, [text] = self._submitter.tokenizer, read.texts
-        tokens = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special)
-        strings = [tokenizer.entry(token) for token in tokens] if options.return_token_strs else None
+        encode = partial(tokenizer.encode, add_special_tokens=add_special, max_tokens=MAX_PROMPT_TOKENS)
+
+        def tokens_and_strings() -> tuple[list[int], list[str] | None]:
+            tokens = list(encode(text))
+            return tokens, [tokenizer.entry(token) for token in tokens] if options.return_token_strs else None
+
+        tokens, strings = await asyncio.to_thread(tokens_and_strings)
         max_model_len = self._submitter.max_model_len or None
         return {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens, "token_strs": strings}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tokenizers
 
-from baton.common.errors import ConfigError
+from baton.common.errors import ConfigError, InvalidRequest
 from router.model_files import read_json
 from router.token_text import TokenTexts
 
@@ -58,10 +58,11 @@ class Tokenizer:
         """A lower bound, for free, of how many tokens `text` has: no token is longer than the longest one."""
         return len(text) // self._longest_token
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> tuple[int, ...]:
         """Token ids of a prompt, with BOS where the model wants one, and never two of them.
 
-        Without `add_special_tokens` just those of the text, in which special tokens may be written out.
+        Without `add_special_tokens` just those of the text, in which special tokens may be written out. More than
+        `max_tokens` are counted, but not listed: raises InvalidRequest.
 
         Long texts take a while: call it off the event loop, which it does not block (a batch of one releases the GIL,
         a single text would not).
@@ -69,6 +70,9 @@ class Tokenizer:
         special = self._special
         by_file = add_special_tokens and special.add_bos is None
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=by_file)
+        if max_tokens is not None and len(encoding) > max_tokens:
+            message = f"the text has {len(encoding)} tokens; this server's limit is {max_tokens}"
+            raise InvalidRequest(message, "prompt", "context_length_exceeded")
         ids: list[int] = encoding.ids
         if not add_special_tokens:
             return tuple(ids)

@@ -1,0 +1,155 @@
+"""What is large is read elsewhere, or in slices, and gives the same as if it were small."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic_core import to_json
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from baton.common.errors import InvalidRequest
+from router.prompt_shape import check_prompt
+from router.reader import pool
+from router.reader.bodies import read_fields, small_json, take_prompt
+from router.reader.frames import HEADER, decode_reply, encode_error, encode_reply
+from tests.support.fake_worker import FakeWorker, answer
+from tests.unit.router.conftest import MODEL, Served
+
+token_ids = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20)
+prompts = st.text() | token_ids | st.lists(st.text(), min_size=1) | st.lists(token_ids, min_size=1)
+
+
+@settings(deadline=None)
+@given(prompts, st.dictionaries(st.text().filter(lambda name: name != "prompt"), st.integers() | st.text()))
+def test_a_body_read_by_the_process_is_the_body_read_here(prompt: Any, fields: dict[str, Any]) -> None:
+    body = to_json({**fields, "prompt": prompt})
+    here = take_prompt(read_fields(body))
+    reply = encode_reply(here, small_json(here.fields))
+    there = decode_reply(reply[HEADER.size :])
+    assert there.fields == here.fields
+    assert plain(there.prompt) == plain(here.prompt) == prompt
+    check_prompt(there.prompt)
+
+
+def plain(prompt: Any) -> Any:
+    if isinstance(prompt, array):
+        return list(prompt)
+    return [plain(item) for item in prompt] if isinstance(prompt, list) else prompt
+
+
+def test_errors_cross_the_process_boundary_whole() -> None:
+    with pytest.raises(InvalidRequest, match="no \u2028") as error:
+        decode_reply(encode_error(InvalidRequest("no \u2028", "messages", "code"))[HEADER.size :])
+    assert (error.value.param, error.value.code) == ("messages", "code")
+
+
+def test_fields_that_are_not_small_are_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest) as error:
+        small_json({"user": "x", "metadata": {"k": "v" * 70_000}})
+    assert error.value.param == "metadata"
+
+
+@pytest.fixture
+def nothing_large_is_parsed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def small_only(body: bytes) -> dict[str, object]:
+        assert len(body) <= 32 * 1024, "a large body was parsed on the event loop"
+        return read_fields(body)
+
+    monkeypatch.setattr(pool, "read_fields", small_only)
+
+
+@pytest.mark.usefixtures("nothing_large_is_parsed_here")
+async def test_large_bodies_are_parsed_in_another_process(workers: list[FakeWorker], served: Served) -> None:
+    workers.append(FakeWorker("d0", script=answer, max_model_len=40_000, num_blocks=4000))
+    await served.attach(*workers)
+    ids = [index % 256 for index in range(20_000)]
+    text = "a \u4f60 " * 6000
+    for prompt, expected in ((ids, ids), (text, served.tokenizer.encode(text))):
+        response = await served.complete(prompt=prompt, max_tokens=1)
+        assert response.status_code == 200, response.text
+        assert list(workers[0].received("generate")[-1].spec.token_ids) == list(expected)
+    response = await served.complete(prompt=[*ids, 300])
+    assert response.json()["error"]["param"] == "prompt"
+    response = await served.complete(prompt=[*ids, -1])
+    assert response.json()["error"]["param"] == "prompt"
+    response = await served.complete(prompt=ids * 3)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_a_reader_process_that_is_killed_is_replaced(workers: list[FakeWorker], served: Served) -> None:
+    workers.append(FakeWorker("d0", script=answer, max_model_len=40_000, num_blocks=4000))
+    await served.attach(*workers)
+    body = {"prompt": [1] * 20_000, "max_tokens": 1}
+    assert (await served.complete(**body)).status_code == 200
+    reader = served.router.reader
+    for process in reader._processes:
+        process.kill()
+        await process.gone()
+    statuses = [(await served.complete(**body)).status_code for _ in range(3)]
+    assert statuses[-1] == 200
+    assert set(statuses) <= {200, 503}
+
+
+async def raw(served: Served, request: bytes) -> tuple[bytes, Any]:
+    """The status line and the JSON that follows the head."""
+    stream, writer = await asyncio.open_connection("127.0.0.1", served.router.http_port)
+    writer.write(request)
+    head = await asyncio.wait_for(stream.readuntil(b"\r\n\r\n"), 20)
+    size = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length"))
+    content = await stream.readexactly(size)
+    writer.close()
+    return head.partition(b"\r\n")[0], json.loads(content)
+
+
+@pytest.fixture
+def packets(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lines in everything that h11 is given at once."""
+    lines: list[int] = []
+    original = H11Protocol.data_received
+
+    def recorded(self: H11Protocol, data: bytes) -> None:
+        lines.append(data.count(b"\n"))
+        original(self, data)
+
+    monkeypatch.setattr(H11Protocol, "data_received", recorded)
+    return lines
+
+
+async def test_a_body_in_tiny_chunks_is_fed_in_slices_and_understood(
+    workers: list[FakeWorker], served: Served, packets: Sequence[int]
+) -> None:
+    workers.append(FakeWorker("d0", script=answer))
+    await served.attach(*workers)
+    body = json.dumps({"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 2, "user": "x" * 20_000}).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    status, content = await raw(served, head + chunks)
+    assert b" 200 " in status, content
+    assert content["usage"]["completion_tokens"] == 2
+    assert sum(packets) >= 2 * len(body)
+    assert max(packets) <= 1024
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"a:b\r\n" * 100_000,
+        b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"x" * 100_000,
+        b"GET /health HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["many headers", "long header", "two hosts", "not HTTP", "broken chunk"],
+)
+async def test_what_is_no_http_is_refused_in_the_apis_form(served: Served, request_bytes: bytes) -> None:
+    status, content = await raw(served, request_bytes)
+    assert b" 400 " in status
+    assert content["error"]["code"] == "invalid_http"
+    assert (await served.http.get("/health")).status_code == 200
