@@ -12,6 +12,7 @@ unknown to the sessions, so whatever a worker still says of it is dropped there 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -31,8 +32,8 @@ class AttemptOwner(Protocol):
         """The next tokens, each position once and in order, or the end."""
         ...
 
-    def on_prompt_logprobs(self, logprobs: tuple[TokenLogprobs, ...]) -> None:
-        """Before the tokens with which they came."""
+    def on_prompt_logprobs(self, logprobs: Sequence[pb.TokenLogprobs]) -> None:
+        """Before the tokens with which they came. Not read yet: there may be very many."""
         ...
 
     def on_prompt_placed(self, worker_id: str) -> None:
@@ -193,9 +194,9 @@ class Attempt:
         """They wait beside the tokens in the fence, which decides when these go out."""
         for offset, known in enumerate(output.logprobs):
             if output.position + offset >= self._fence.next_position:
-                self._logprobs.setdefault(output.position + offset, _read_logprobs(known))
+                self._logprobs.setdefault(output.position + offset, read_logprobs(known))
         if output.prompt_logprobs and self._fence.next_position == 0:
-            self._owner.on_prompt_logprobs(tuple(map(_read_logprobs, output.prompt_logprobs)))
+            self._owner.on_prompt_logprobs(output.prompt_logprobs)
 
     def _take_logprobs(self, start: int, count: int) -> tuple[TokenLogprobs, ...]:
         if not self._logprobs:
@@ -227,6 +228,7 @@ class Attempt:
         return self._prefill if self._prefill is not None and worker_id == self._prefill.worker_id else self._worker
 
 
-def _read_logprobs(known: pb.TokenLogprobs) -> TokenLogprobs:
+def read_logprobs(known: pb.TokenLogprobs) -> TokenLogprobs:
+    """From the form of the wire."""
     top = tuple(zip(known.top_token_ids, known.top_logprobs, strict=False))
     return TokenLogprobs(known.token_id, known.logprob, known.rank, top)

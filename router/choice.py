@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from baton.common.sampling import TokenLogprobs
+from router.attempt import read_logprobs
 from router.generation import Generation
 from router.text import TextAssembler, TextDelta
 
@@ -70,10 +71,12 @@ class Choice:
         decision = self.generation.decision
         return f"{decision.path}; {decision.reason}" if decision else "none; not dispatched"
 
-    @property
     def prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
-        """Of every token of the prompt but the first, if asked for; known from the first delta on."""
-        return self.first.generation.prompt_logprobs
+        """Of every token of the prompt but the first, if asked for; known from the first delta on.
+
+        Those of a long prompt take a while to read; any thread may do it.
+        """
+        return tuple(map(read_logprobs, self.first.generation.prompt_logprobs))
 
     def close(self) -> None:
         """Free whatever still runs for it."""

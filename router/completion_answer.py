@@ -5,24 +5,34 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from router.answers import Content
 from router.choice import Choice, Usage, group_id, total_usage
-from router.completion_logprobs import LogprobLists, by_id, joined, name_by_id, output_logprobs, prompt_logprobs
+from router.completion_logprobs import (
+    Entries,
+    LogprobLists,
+    by_id,
+    joined,
+    name_by_id,
+    output_logprobs,
+    prompt_logprobs,
+)
 from router.completions import prompt_text
 from router.openai_schema import CompletionRequest
 from router.text import TextDelta
 from router.tokenizer import Tokenizer
 
-_LONG_PROMPT = 512  # tokens from which a report on a prompt leaves the event loop
+LONG_REPORT = 512  # tokens from which putting a report into words leaves the event loop
 
 
 @dataclass(frozen=True, slots=True)
-class _Echo:
-    """A prompt to be repeated before the output, and its log-probabilities, if they are wanted."""
+class _OfPrompt:
+    """What the client wants to see of a prompt: its text and log-probabilities before the output's, and these by id."""
 
     text: str = ""
     logprobs: LogprobLists | None = None
+    by_id: list[Entries | None] | None = None
 
 
 class CompletionAnswer:
@@ -39,7 +49,7 @@ class CompletionAnswer:
             "created": int(time.time()),
             "model": request.model,
         }
-        self._echoes: dict[Choice, _Echo] = {}  # by the prompt's first choice
+        self._prompts: dict[Choice, _OfPrompt] = {}  # by the prompt's first choice
         self._begun: set[Choice] = set()
 
     @property
@@ -53,10 +63,10 @@ class CompletionAnswer:
 
     async def chunk(self, choice: Choice, delta: TextDelta) -> Content:
         """If the client asked for usage, chunks before the last one carry a null."""
-        echo = await self._echo(choice)
+        of_prompt = await self._of_prompt(choice)
         is_first = choice not in self._begun
         self._begun.add(choice)
-        content: Content = {**self._head, "choices": [self._choice(choice, delta, echo, shows_echo=is_first)]}
+        content: Content = {**self._head, "choices": [self._choice(choice, delta, of_prompt, shows_prompt=is_first)]}
         return content | {"usage": None} if self._with_usage else content
 
     def last_chunk(self) -> Content | None:
@@ -65,12 +75,12 @@ class CompletionAnswer:
     async def whole(self, deltas: list[list[TextDelta]]) -> Content:
         contents = []
         for choice, parts in zip(self.choices, deltas, strict=True):
-            content = self._choice(choice, _joined(parts), await self._echo(choice), shows_echo=True)
-            if self._request.prompt_logprobs is not None:
-                content["prompt_logprobs"] = by_id(
-                    choice.prompt_logprobs, self._request.prompt_logprobs, self._tokenizer.texts.text
-                )
-            contents.append(content)
+            of_prompt = await self._of_prompt(choice)
+            compose = partial(self._choice, choice, _joined(parts), of_prompt, shows_prompt=True)
+            is_long = self._request.logprobs is not None and choice.usage.completion_tokens >= LONG_REPORT
+            contents.append(await asyncio.to_thread(compose) if is_long else compose())
+            if of_prompt.by_id is not None:
+                contents[-1]["prompt_logprobs"] = of_prompt.by_id
             await asyncio.sleep(0)
         return {**self._head, "choices": contents, "usage": self._usage()}
 
@@ -78,39 +88,43 @@ class CompletionAnswer:
         usage: Usage = total_usage(self.choices)
         return asdict(usage) | {"total_tokens": usage.total_tokens}
 
-    def _choice(self, choice: Choice, delta: TextDelta, echo: _Echo, *, shows_echo: bool) -> Content:
+    def _choice(self, choice: Choice, delta: TextDelta, of_prompt: _OfPrompt, *, shows_prompt: bool) -> Content:
         logprobs = None
         if self._request.logprobs is not None:
-            of_output = output_logprobs(delta, len(echo.text), self._request.logprobs, self._name)
-            logprobs = joined(echo.logprobs if shows_echo else None, of_output).as_dict()
+            of_output = output_logprobs(delta, len(of_prompt.text), self._request.logprobs, self._name)
+            logprobs = joined(of_prompt.logprobs if shows_prompt else None, of_output).as_dict()
         content: Content = {
             "index": choice.index,
-            "text": echo.text + delta.text if shows_echo else delta.text,
+            "text": of_prompt.text + delta.text if shows_prompt else delta.text,
             "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
         return content | {"token_ids": delta.token_ids} if self._request.return_token_ids else content
 
-    async def _echo(self, choice: Choice) -> _Echo:
+    async def _of_prompt(self, choice: Choice) -> _OfPrompt:
         """Made once per prompt; `choice` has its first delta."""
-        if not self._request.echo:
-            return _Echo()
-        echo = self._echoes.get(choice.first)
-        if echo is None:
-            is_long = len(choice.generation.request.token_ids) >= _LONG_PROMPT
-            echo = await asyncio.to_thread(self._make_echo, choice) if is_long else self._make_echo(choice)
-            self._echoes[choice.first] = echo
-        return echo
+        if not self._request.echo and self._request.prompt_logprobs is None:
+            return _OfPrompt()
+        known = self._prompts.get(choice.first)
+        if known is None:
+            is_long = len(choice.generation.request.token_ids) >= LONG_REPORT
+            known = await asyncio.to_thread(self._read_prompt, choice) if is_long else self._read_prompt(choice)
+            self._prompts[choice.first] = known
+        return known
 
-    def _make_echo(self, choice: Choice) -> _Echo:
+    def _read_prompt(self, choice: Choice) -> _OfPrompt:
+        request, texts = self._request, self._tokenizer.texts
         token_ids = choice.generation.request.token_ids
-        text = prompt_text(self._request, choice, self._tokenizer)
-        if self._request.logprobs is None:
-            return _Echo(text)
-        offsets = self._tokenizer.texts.offsets(token_ids, text)
-        known = choice.prompt_logprobs
-        return _Echo(text, prompt_logprobs(token_ids, known, offsets, self._request.logprobs, self._name))
+        known = choice.prompt_logprobs()
+        ids = None if request.prompt_logprobs is None else by_id(known, request.prompt_logprobs, texts.text)
+        if not request.echo:
+            return _OfPrompt(by_id=ids)
+        text = prompt_text(request, choice, self._tokenizer)
+        if request.logprobs is None:
+            return _OfPrompt(text, None, ids)
+        offsets = texts.offsets(token_ids, text)
+        return _OfPrompt(text, prompt_logprobs(token_ids, known, offsets, request.logprobs, self._name), ids)
 
 
 def _joined(deltas: list[TextDelta]) -> TextDelta:

@@ -9,6 +9,7 @@ from baton.common.sampling import TokenLogprobs
 from router.text import TextDelta
 
 NameOf = Callable[[int], str]
+Entries = dict[str, dict[str, object]]
 
 
 def name_by_id(token_id: int) -> str:
@@ -76,7 +77,7 @@ def joined(first: LogprobLists | None, rest: LogprobLists) -> LogprobLists:
     )
 
 
-def by_id(known: Iterable[TokenLogprobs], num_top: int, text: NameOf) -> list[dict[str, dict[str, object]] | None]:
+def by_id(known: Iterable[TokenLogprobs], num_top: int, text: NameOf) -> list[Entries | None]:
     """The form of `prompt_logprobs`: for each token of the prompt the likeliest ones and itself, by id."""
     return [None, *(_entries(token, num_top, text) for token in known)]
 
@@ -89,7 +90,7 @@ def _top(token: TokenLogprobs, num_top: int, name: NameOf) -> dict[str, float]:
     return top
 
 
-def _entries(token: TokenLogprobs, num_top: int, text: NameOf) -> dict[str, dict[str, object]]:
+def _entries(token: TokenLogprobs, num_top: int, text: NameOf) -> Entries:
     ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(token.top[:num_top], 1)]
     ranked.append((token.token_id, token.logprob, token.rank))
     return {

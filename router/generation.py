@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 from baton.common import events
 from baton.common.clock import Clock
 from baton.common.config import RouterConfig
 from baton.common.errors import BatonError, DeadlineExceeded, InvalidRequest, Unavailable
-from baton.common.sampling import TokenLogprobs
 from protos import worker_pb2 as pb
 from router.admission import Admission
 from router.attempt import Attempt, Failed, Finished, Outcome, Refused
@@ -62,7 +62,7 @@ class Generation:
         self.record = RequestRecord(request.request_id, len(request.token_ids), shared.clock, shared.clock.now())
         self._shared = shared
         self._ticket = ticket
-        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        self.prompt_logprobs: Sequence[pb.TokenLogprobs] = ()
         self._output = Output(self.record, shared.metrics, shared.clock)
         self._attempt: Attempt | None = None
         self._keep_local = ""
@@ -241,7 +241,7 @@ class Generation:
         elif self._output.num_unread > MAX_UNREAD_TOKENS:
             self.abort(ReaderTooSlow(f"{MAX_UNREAD_TOKENS} tokens were waiting to be read"))
 
-    def on_prompt_logprobs(self, logprobs: tuple[TokenLogprobs, ...]) -> None:
+    def on_prompt_logprobs(self, logprobs: Sequence[pb.TokenLogprobs]) -> None:
         """Called by the attempt that delivers the first token."""
         self.prompt_logprobs = logprobs
 

@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from baton.common.sampling import TokenLogprobs
 from protos import inference_pb2 as pb
 from router.choice import Choice, group_id, total_usage
+from router.completion_answer import LONG_REPORT
 from router.completions import prompt_text
 from router.openai_schema import CompletionRequest
 from router.text import TextDelta
 from router.tokenizer import Tokenizer
-
-_LONG_PROMPT = 512  # tokens from which a report on a prompt leaves the event loop
 
 
 class GrpcAnswer:
@@ -45,11 +44,13 @@ class GrpcAnswer:
     async def _add_prompt(self, response: pb.GenerateResponse, choice: Choice) -> None:
         if self._request.echo:
             response.text = prompt_text(self._request, choice, self._tokenizer) + response.text
-        known = choice.prompt_logprobs
         num_top = choice.first.generation.request.sampling.prompt_logprobs
-        is_long = len(known) >= _LONG_PROMPT
-        entries = self._entries(known, num_top)
-        response.prompt_logprobs.extend(await asyncio.to_thread(list, entries) if is_long else entries)
+
+        def read() -> list[pb.TokenLogprob]:
+            return list(self._entries(choice.prompt_logprobs(), num_top))
+
+        is_long = len(choice.generation.request.token_ids) >= LONG_REPORT
+        response.prompt_logprobs.extend(await asyncio.to_thread(read) if is_long else read())
 
     def _add_end(self, response: pb.GenerateResponse, choice: Choice, delta: TextDelta) -> None:
         path, _, reason = choice.path.partition("; ")

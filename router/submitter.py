@@ -15,6 +15,7 @@ from baton.common.errors import InvalidRequest, ModelNotFound
 from baton.common.sampling import SamplingParams
 from router.choice import Choice
 from router.dispatcher import Dispatcher
+from router.report_limit import check_reports
 from router.sampling_defaults import SamplingDefaults
 from router.sampling_fields import MAX_CHOICES, SamplingFields
 from router.shared_prompt import SharedPrompt
@@ -132,6 +133,7 @@ class Submitter:
         if len(prompts) * num_choices > MAX_CHOICES:
             message = f"{len(prompts)} prompts with {num_choices} choices each are more than {MAX_CHOICES} choices"
             raise InvalidRequest(message, "n")
+        check_reports([len(prompt) for prompt in prompts], max_tokens, num_choices, logprobs, prompt_logprobs)
         settings = [
             fields.resolve(
                 self.defaults,

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from google.rpc.error_details_pb2 import BadRequest  # type: ignore[import-untyped]
 from grpc_status import rpc_status
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.common.errors import InvalidRequest
@@ -244,6 +244,7 @@ async def test_a_bad_grpc_request_is_refused_with_its_field(
     assert not worker.received("generate")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), st.integers(0, 3))
 def test_brackets_in_text_are_free_and_brackets_of_structure_are_counted(text: str, copies: int) -> None:
     content = json.dumps({"model": MODEL, "prompt": text * copies + "[{" * MAX_CONTAINERS}, ensure_ascii=False)

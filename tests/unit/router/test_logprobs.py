@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baton.common.errors import InvalidRequest
 from baton.common.sampling import TokenLogprobs
 from protos import inference_pb2 as pb
 from protos import worker_pb2 as wpb
 from router.completion_logprobs import LogprobLists
 from router.json_pieces import dumps, encode
+from router.report_limit import check_reports
 from tests.support.fake_worker import FakeWorker
 from tests.unit.router.conftest import EOS_ID, MODEL, Served, byte_tokenizer, serving
 from tests.unit.router.test_text import BYTE_IDS, sentencepiece_tokenizer
@@ -265,6 +267,45 @@ async def test_the_same_over_grpc(workers: list[FakeWorker], served: Served) -> 
     assert [entry.logprob for entry in entries] == [-token_id / 4 for token_id in served.tokenizer.encode("xy.")]
     assert [[top.token_id for top in entry.top] for entry in entries] == [[1]] * 3
     assert responses[-1].stop_string == "."
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "num_choices", "logprobs", "prompt_logprobs", "param"),
+    [
+        ([1000] * 2, [48] * 2, 1, 1, 1, None),
+        ([2**20], [2**20], 128, None, None, None),
+        ([1], [2**20], 1, 1, None, None),
+        ([1], [2**20], 1, 2, None, "logprobs"),
+        ([1], [2**14], 128, 0, None, None),
+        ([1], [2**14 + 1], 128, 0, None, "logprobs"),
+        ([2**10] * 128, [1] * 128, 1, None, 15, None),
+        ([2**10] * 128, [1] * 128, 1, None, 16, "prompt_logprobs"),
+        ([2**10] * 64, [2] * 64, 2, 15, 15, "logprobs"),
+    ],
+)
+def test_a_request_may_ask_for_so_many(
+    lengths: list[int],
+    max_tokens: list[int],
+    num_choices: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    param: str | None,
+) -> None:
+    if param is None:
+        check_reports(lengths, max_tokens, num_choices, logprobs, prompt_logprobs)
+        return
+    with pytest.raises(InvalidRequest, match="limit") as error:
+        check_reports(lengths, max_tokens, num_choices, logprobs, prompt_logprobs)
+    assert error.value.param == param
+
+
+async def test_too_long_a_report_is_refused_before_anything_runs(workers: list[FakeWorker], served: Served) -> None:
+    workers.append(FakeWorker("d0", max_model_len=2**17, num_blocks=2**13))
+    await served.attach(*workers)
+    refused = await served.complete(n=128, logprobs=20, max_tokens=1000)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "logprobs"
+    assert not workers[0].received("generate")
 
 
 @settings(deadline=None)
