@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.engine.request import Request
+from baton.engine.table_mirror import TableMirror
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class Batch:
     """A step as arrays. Rows are tokens; sequences are the decodes, then the prefill segments.
 
     input_ids, positions, slot_mapping: int64 [num_tokens]; cu_seqlens_q: int32 [num_seqs + 1];
-    context_lens: int32 [num_seqs]; block_tables: int32 [num_seqs, max_blocks], padded with 0;
+    context_lens: int32 [num_seqs]; block_tables: int32 [num_seqs, max_blocks], anything past a context;
     sample_rows: int64 [num_sampled], the token rows whose logits are needed; draw_positions: int64 [num_sampled],
     where in their sequences the drawn tokens will stand; draw_rows: int64 [num_decodes], as in `draw_row`;
     fresh_rows: as in AttentionMetadata.
@@ -91,15 +92,16 @@ class Batch:
     fresh_rows: tuple[tuple[int, int], ...] = ()
 
 
-def build_batch(step: ScheduledStep, block_size: int) -> Batch:
-    """Lay a step out as arrays. Pure; the step's requests are only read."""
+def build_batch(step: ScheduledStep, block_size: int, tables: TableMirror | None = None) -> Batch:
+    """Lay a step out as arrays. The step's requests are only read. `tables`: kept from step to step, it saves time."""
     spans = [(r, r.num_computed_tokens, r.num_computed_tokens + 1) for r in step.decodes]
     spans += [(segment.request, segment.start, segment.end) for segment in step.prefills]
     lens = np.array([end - start for _, start, end in spans], dtype=np.int32)
     cu_seqlens_q = np.zeros(len(spans) + 1, dtype=np.int32)
     np.cumsum(lens, out=cu_seqlens_q[1:])
     context_lens = np.array([end for _, _, end in spans], dtype=np.int32)
-    block_tables = _block_tables([r.block_table for r, _, _ in spans], context_lens, block_size)
+    max_blocks = -(-int(context_lens.max(initial=0)) // block_size)
+    block_tables = (tables or TableMirror()).gather([request for request, _, _ in spans], max_blocks)
     sequence_of_row = np.repeat(np.arange(len(spans)), lens)
     rows = np.arange(int(cu_seqlens_q[-1]), dtype=np.int64)
     positions = rows - cu_seqlens_q[sequence_of_row] + (context_lens - lens)[sequence_of_row]
@@ -143,13 +145,3 @@ def _input_ids(spans: list[tuple[Request, int, int]], num_tokens: int) -> npt.ND
         input_ids[row : row + end - start] = known if len(known) == end - start else 0
         row += end - start
     return input_ids
-
-
-def _block_tables(
-    tables: list[list[int]], context_lens: npt.NDArray[np.int32], block_size: int
-) -> npt.NDArray[np.int32]:
-    used = -(-context_lens // block_size)
-    padded = np.zeros((len(tables), int(used.max(initial=0))), dtype=np.int32)
-    for row, table in enumerate(tables):
-        padded[row, : used[row]] = table[: used[row]]
-    return padded

@@ -21,6 +21,7 @@ from baton.engine.models.decoder import Decoder
 from baton.engine.request import Request
 from baton.engine.sampler import TokenSampler, TorchSampler
 from baton.engine.staging import PendingTokens, make_staging
+from baton.engine.table_mirror import TableMirror
 
 LayerGroups = Sequence[tuple[int, int]]
 OnLayerGroup = Callable[[int, int, "torch.cuda.Event | None"], None]
@@ -62,6 +63,7 @@ class Runner:
         self._device = model.device
         self._staging = make_staging(model.device, max_draws)
         self._editor = LogitEditor()
+        self._tables = TableMirror()
         self._min_p_sampler = TorchSampler()  # the kernels know no min-p; both draw the same
 
     @property
@@ -116,7 +118,7 @@ class Runner:
             self._copy_blocks(step.copies)
         sampled = step.sampled()
         after_layer = self._after_layer(groups, on_layer_group) if groups else None
-        batch = build_batch(step, self.layout.block_size)
+        batch = build_batch(step, self.layout.block_size, self._tables)
         hidden, logits, tokens = self._compute(batch, sampled, after_layer)
         first_rows = batch.cu_seqlens_q[batch.num_decodes :].tolist()
         logprobs.add_prompts(hidden, list(zip(step.prefills, first_rows, strict=False)), self.model.logits)
