@@ -1,4 +1,4 @@
-"""How many log-probabilities a request may ask for: each is kept until the answer is out. Pure; used by submitter.py."""
+"""How many log-probabilities a request may ask for: all are kept until the answer is out. Pure; used by submitter."""
 
 from __future__ import annotations
 
