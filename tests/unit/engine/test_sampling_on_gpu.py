@@ -95,3 +95,28 @@ def test_families(tmp_path: Path, family: str) -> None:
     assert tokens == make_harness(model_dir).generate(*requests())
     assert len(set().union(*tokens.values())) > 5
     on_gpu.assert_at_rest()
+
+
+@pytest.mark.parametrize("decode_graphs", [False, True])
+@pytest.mark.parametrize("length", [17, 40, 48])
+def test_forks_share_and_copy_blocks_while_their_parent_decodes(
+    model_dir: Path, length: int, decode_graphs: bool
+) -> None:
+    """With overlap, as GPUs have it: a block is copied behind the parent's step that is under way."""
+    prompt = random_prompt(length)
+
+    def choice(number: int) -> Request:
+        sampling = SamplingParams(max_tokens=30, seed=2, choice=number)
+        return make_request(f"c{number}", prompt, sampling, fork_of="c0" if number else "")
+
+    names = [f"c{number}" for number in range(5)]
+    expected = {name: make_harness(model_dir).generate(choice(int(name[1:])))[name] for name in names}
+    harness = make_gpu_harness(model_dir, decode_graphs=decode_graphs, prefix_cache=False)
+    harness.add(choice(0))
+    harness.run(until=lambda: len(harness.ports.tokens["c0"]) > 4)
+    forks = [choice(number) for number in range(1, 5)]
+    harness.add(*forks)
+    harness.run()
+    assert [fork.num_cached_tokens for fork in forks] == [length - 1] * 4
+    assert {name: harness.ports.tokens[name] for name in names} == expected
+    harness.assert_at_rest()
