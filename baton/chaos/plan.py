@@ -78,7 +78,7 @@ class Aborts(_Timed):
 
 
 class Inject(_Timed):
-    """Disturb every worker's KV connections for `for_s`. `name` is the label in the report."""
+    """Disturb every worker's KV connections or routers' streams for `for_s`. `name` is the label in the report."""
 
     kind: Literal["inject"]
     name: str = "inject"
@@ -121,9 +121,14 @@ class ChaosPlan(_Section):
     limits: Limits = Limits()
 
     @model_validator(mode="after")
-    def _attached_model_is_known(self) -> ChaosPlan:
-        if self.attach is not None and self.model is None:
+    def _attached_cluster_is_only_disturbed_from_outside(self) -> ChaosPlan:
+        if self.attach is None:
+            return self
+        if self.model is None:
             raise ValueError("attach needs the directory of the served model as `model`")
+        for fault in self.faults:
+            if isinstance(fault, Inject | KillProcess):
+                raise ValueError(f"an attached cluster takes no {fault.kind}: let chaos start one")
         return self
 
 
@@ -135,6 +140,11 @@ def load_plan(file: Path) -> ChaosPlan:
         raise ConfigError("plan", f"cannot read {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError("plan", f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
+    return checked_plan(content)
+
+
+def checked_plan(content: object) -> ChaosPlan:
+    """Raises ConfigError naming the first wrong key."""
     try:
         return ChaosPlan.model_validate(content)
     except ValidationError as error:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from baton.chaos.plan import ChaosPlan, load_plan
+from baton.chaos.plan import ChaosPlan, checked_plan, load_plan
 from baton.chaos.report import as_dict, print_report
 from baton.chaos.run import run_plan
 from benchmarks.serve.environment import describe_client
@@ -48,4 +48,4 @@ def _overridden(
     if duration is not None:
         changes["load"] = plan.load.model_copy(update={"duration_s": duration, "requests": 0})
     values = plan.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    return ChaosPlan.model_validate(values.model_dump())
+    return checked_plan(values.model_dump())

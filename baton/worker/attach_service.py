@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from baton.worker.attempts import Attempts
+from baton.worker.chaos_hooks import Injector
 from baton.worker.commands import CommandDispatcher
 from baton.worker.half import Half
 from baton.worker.session import RouterSession
@@ -27,7 +28,7 @@ MIN_INTERVAL_S, MAX_TIMEOUT_S = 0.01, 600.0
 
 
 class AttachService(WorkerServicer):
-    """`hello` introduces the worker, `heartbeat(sequence)` describes its present state."""
+    """`hello` introduces the worker, `heartbeat(sequence)` its present state; `injector` disturbs streams in tests."""
 
     def __init__(
         self,
@@ -36,12 +37,14 @@ class AttachService(WorkerServicer):
         halves: list[Half],
         hello: pb.WorkerHello,
         heartbeat: Callable[[int], pb.WorkerHeartbeat],
+        injector: Injector,
     ) -> None:
         self._dispatcher = dispatcher
         self._attempts = attempts
         self._halves = halves
         self._hello = hello
         self._heartbeat = heartbeat
+        self._injector = injector
         self._numbers = itertools.count(1)
         self._sessions: dict[str, RouterSession] = {}
 
@@ -99,7 +102,7 @@ class AttachService(WorkerServicer):
         return await run_until_first(
             f"attach:{session.router_id}",
             {
-                "read": self._read(session, frames, watch),
+                "read": self._read(session, self._injector.router_frames(frames), watch),
                 "write": session.outbox.write_to(context.write),
                 "beat": repeat(hello.heartbeat_interval_s, beat),
                 "watch": watch.run(),

@@ -1,4 +1,5 @@
-"""Faults of a worker's KV connections, for chaos tests: late, lost and doubled frames, a slow link, flipped bits.
+"""Faults for chaos tests. Of KV connections: late, lost and doubled frames, a slow link, flipped bits. Of routers'
+streams: late frames and breaks.
 
 One injector per worker, used where a control stream is read (asyncio thread) and around the transport that moves KV
 (transfer threads). Unless `chaos.enabled` it is a `NoFaults`, which hands everything through as it is.
@@ -10,8 +11,8 @@ import asyncio
 import itertools
 import random
 import threading
-from collections.abc import AsyncIterator
-from typing import Protocol, TypeVar
+from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -26,7 +27,11 @@ class Injector(Protocol):
     """What a worker needs of it."""
 
     def frames(self, frames: AsyncIterator[T]) -> AsyncIterator[T]:
-        """The control frames of one stream as they shall be read."""
+        """The control frames of one stream of a peer as they shall be read."""
+        ...
+
+    def router_frames(self, frames: AsyncIterator[T]) -> AsyncIterator[T]:
+        """The frames of one router's stream as they shall be read."""
         ...
 
     def transport(self, transport: PairTransport) -> PairTransport:
@@ -42,10 +47,23 @@ def make_injector(config: ChaosConfig) -> Injector:
     return FaultInjector(config.seed, config.faults) if config.enabled else NoFaults()
 
 
+class FrameFaults(NamedTuple):
+    """Of one stream at this moment. Probabilities are per frame; `breaks` ends the stream."""
+
+    delay_s: float
+    jitter_s: float
+    loss: float
+    duplication: float
+    breaks: float
+
+
 class NoFaults:
     """See `Injector`: nothing is disturbed, nor can be."""
 
     def frames(self, frames: AsyncIterator[T]) -> AsyncIterator[T]:
+        return frames
+
+    def router_frames(self, frames: AsyncIterator[T]) -> AsyncIterator[T]:
         return frames
 
     def transport(self, transport: PairTransport) -> PairTransport:
@@ -72,10 +90,18 @@ class FaultInjector:
     def transport(self, transport: PairTransport) -> PairTransport:
         return FaultyTransport(transport, self, self._generator())
 
-    async def frames(self, frames: AsyncIterator[T]) -> AsyncIterator[T]:
+    def frames(self, frames: AsyncIterator[T]) -> AsyncIterator[T]:
+        return self._disturbed(frames, _of_peer)
+
+    def router_frames(self, frames: AsyncIterator[T]) -> AsyncIterator[T]:
+        return self._disturbed(frames, _of_router)
+
+    async def _disturbed(
+        self, frames: AsyncIterator[T], faults_of: Callable[[FaultSettings], FrameFaults]
+    ) -> AsyncIterator[T]:
         line: asyncio.Queue[tuple[float, T] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        reading = asyncio.create_task(self._read(frames, line), name="chaos: read")
+        reading = asyncio.create_task(self._read(frames, line, faults_of), name="chaos: read")
         try:
             while (item := await line.get()) is not None:
                 due, frame = item
@@ -86,13 +112,20 @@ class FaultInjector:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
-    async def _read(self, frames: AsyncIterator[T], line: asyncio.Queue[tuple[float, T] | None]) -> None:
+    async def _read(
+        self,
+        frames: AsyncIterator[T],
+        line: asyncio.Queue[tuple[float, T] | None],
+        faults_of: Callable[[FaultSettings], FrameFaults],
+    ) -> None:
         generator, loop = self._generator(), asyncio.get_running_loop()
         try:
             async for frame in frames:
-                settings = self.settings
-                due = loop.time() + settings.frame_delay_s + settings.frame_jitter_s * generator.random()
-                for _ in range(_num_copies(settings, generator)):
+                faults = faults_of(self.settings)
+                if generator.random() < faults.breaks:
+                    return
+                due = loop.time() + faults.delay_s + faults.jitter_s * generator.random()
+                for _ in range(_num_copies(faults, generator)):
                     line.put_nowait((due, frame))
         finally:
             line.put_nowait(None)
@@ -101,10 +134,20 @@ class FaultInjector:
         return random.Random(f"{self._seed} {next(self._numbers)}")
 
 
-def _num_copies(settings: FaultSettings, generator: random.Random) -> int:
-    if generator.random() < settings.frame_loss:
+def _of_peer(settings: FaultSettings) -> FrameFaults:
+    return FrameFaults(
+        settings.frame_delay_s, settings.frame_jitter_s, settings.frame_loss, settings.frame_duplication, 0.0
+    )
+
+
+def _of_router(settings: FaultSettings) -> FrameFaults:
+    return FrameFaults(settings.router_delay_s, settings.router_jitter_s, 0.0, 0.0, settings.router_break)
+
+
+def _num_copies(faults: FrameFaults, generator: random.Random) -> int:
+    if generator.random() < faults.loss:
         return 0
-    return 2 if generator.random() < settings.frame_duplication else 1
+    return 2 if generator.random() < faults.duplication else 1
 
 
 class FaultyTransport:

@@ -201,7 +201,9 @@ class WorkerShell:
         return Limits(self._engine.max_model_len, self._engine.vocab_size)
 
     async def _serve(self) -> None:
-        self._attach = AttachService(self._dispatcher, self._attempts, self._halves, self._hello(), self._heartbeat)
+        self._attach = AttachService(
+            self._dispatcher, self._attempts, self._halves, self._hello(), self._heartbeat, self._injector
+        )
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         add_WorkerServicer_to_server(self._attach, self._server)
         for half in self._halves:

@@ -1,4 +1,6 @@
-"""Rows of the failure table: corrupt blocks, and control messages that are lost, doubled or late."""
+"""Rows of the failure table: corrupt blocks, and control messages that are lost, doubled or late, between workers and
+between router and worker.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +47,26 @@ async def test_messages(harness: Harness, settings: dict[str, float]) -> None:
     assert max(gaps) < 2 * LEASE_S
     await harness.complete()
     print(f"at rest {await harness.at_rest(LEASE_S + 3.0):.1f} s later")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"router_delay_s": 0.05, "router_jitter_s": 0.3}, {"router_break": 0.1}], ids=["late", "broken"]
+)
+async def test_messages_of_the_router(harness: Harness, settings: dict[str, float]) -> None:
+    """Late ones only delay. A stream that breaks withdraws what its router asked for: each time it begins elsewhere."""
+    start = time.monotonic()
+    before, _, _ = await harness.cluster.counts()
+    async with harness.injected(**settings):
+        streams = harness.start_many(24, 150, 30, seed=8)
+        await harness.check(*streams)
+    after, _, _ = await harness.cluster.counts()
+    lost = after.get("worker_lost", 0) - before.get("worker_lost", 0)
+    gaps = [b - a for one in streams for a, b in zip(one.stream.arrivals, one.stream.arrivals[1:], strict=False)]
+    print(f"{settings}: {time.monotonic() - start:.1f} s in all, longest stall {max(gaps):.2f} s, {lost} attempts lost")
+    assert (lost > 0) == ("router_break" in settings)
+    assert max(gaps) < 2 * LEASE_S
+    await harness.complete()
+    await harness.at_rest(LEASE_S + 3.0)
 
 
 async def test_a_slow_link_is_only_slow(harness: Harness) -> None:
