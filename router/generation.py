@@ -246,8 +246,9 @@ class Generation:
         self.prompt_logprobs = logprobs
 
     def on_prompt_placed(self, worker_id: str) -> None:
-        """Called by the current attempt."""
-        self._settle_prompt(PromptPlace(worker_id, (self.request.request_id, len(self.record.attempts))))
+        """Called by the current attempt, with every output of its worker."""
+        if self._leads:
+            self._settle_prompt(PromptPlace(worker_id, (self.request.request_id, len(self.record.attempts))))
 
     def _end_attempt(self, outcome: Outcome) -> None:
         if self._attempt is not None:
