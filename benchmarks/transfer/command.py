@@ -36,6 +36,7 @@ def bench_transfer(
     commit: Annotated[str | None, Flag(help="Commit to record where git is not at hand.")] = None,
     shape: Annotated[str, Flag(help=f"Model shape, random weights: {', '.join(SHAPES)}.")] = "llama-3.1-8b",
     device: Annotated[str, Flag(help="cuda (two GPUs, NCCL), cpu (gloo) or auto.")] = "auto",
+    backend: Annotated[str, Flag(help="nccl, gloo or auto; gloo also between two workers on one GPU.")] = "auto",
     dtype: Annotated[str, Flag(help="auto, bfloat16, float16 or float32.")] = "auto",
     tokens: Annotated[list[int] | None, Flag(help=f"Prompt lengths [{', '.join(map(str, TOKENS))}].")] = None,
     part: Annotated[list[str] | None, Flag(help=f"Some of {', '.join(PARTS)}; all by default.")] = None,
@@ -55,10 +56,11 @@ def bench_transfer(
     parts = part or list(PARTS)
     if shape not in SHAPES or not set(parts) <= set(PARTS):
         raise ConfigError("shape" if shape not in SHAPES else "part", f"choose from {[*SHAPES]} and {[*PARTS]}")
-    device = _device(device)
+    device = _device(device, backend)
     options = Options(
         shape=shape,
         device=device,
+        backend=_backend(device, backend),
         dtype=dtype,
         tokens=tuple(sorted(tokens or TOKENS)),
         repeats=repeats,
@@ -98,12 +100,22 @@ async def _run(options: Options, parts: list[str], out: Path, commit: str | None
     return done
 
 
-def _device(device: str) -> str:
+def _device(device: str, backend: str) -> str:
+    """NCCL takes a GPU for each end."""
+    needed = 1 if backend == "gloo" else 2
     if device == "auto":
-        device = "cuda" if len(gpus()) >= 2 else "cpu"
-    if device == "cuda" and len(gpus()) < 2:
-        raise ConfigError("device", f"a hand-over over NCCL takes two GPUs, this machine has {len(gpus())}")
+        device = "cuda" if len(gpus()) >= needed else "cpu"
+    if device == "cuda" and len(gpus()) < needed:
+        raise ConfigError("device", f"this takes {needed} GPUs, and the machine has {len(gpus())}; see --backend")
     return device
+
+
+def _backend(device: str, backend: str) -> str:
+    if backend == "auto":
+        return "nccl" if device == "cuda" else "gloo"
+    if backend not in ("nccl", "gloo") or (backend == "nccl" and device == "cpu"):
+        raise ConfigError("backend", f"{backend!r} does not go with device {device}")
+    return backend
 
 
 def line_of(row: Row) -> str:

@@ -14,7 +14,7 @@ from benchmarks.transfer.steps import steps
 MIB = 1 << 20
 RAW_MIN_BYTES = 256 * MIB
 LONGEST_BESIDE_BATCH = 32768
-LONGEST_REPEATED = 16384
+LONGEST_QUICK = 8192
 PACKED_LAYERS = 4
 STREAMING = {"stream": "layer groups", "bulk": "after the compute"}
 Part = Callable[[Session], AsyncIterator[Row]]
@@ -65,43 +65,53 @@ async def packing(session: Session) -> AsyncIterator[Row]:
 
 async def idle(session: Session) -> AsyncIterator[Row]:
     """Hand-overs while decode has nothing else to do."""
-    async for row in _idle(session, [n for n in session.options.tokens if n <= LONGEST_BESIDE_BATCH]):
+    async for row in _idle(session, [n for n in session.options.tokens if n <= LONGEST_QUICK]):
         yield row
+
+
+async def batch(session: Session) -> AsyncIterator[Row]:
+    """Hand-overs while decode runs a batch."""
+    delays: list[float] = []
+    async for row in _beside_batch(session, [n for n in session.options.tokens if n <= LONGEST_QUICK]):
+        delays += row.details.pop("chunk_delays")
+        yield row
+    found = percentiles(delays)
+    yield Row(
+        "Chunk received to receive posted, decoding, p99",
+        found["p99"] * 1e3,
+        "ms",
+        at_most=2.0,
+        wanted=1.0,
+        details={name: value * 1e3 for name, value in found.items()} | {"chunks": len(delays)},
+    )
 
 
 async def long(session: Session) -> AsyncIterator[Row]:
     """The same for prompts that take seconds each. The last part."""
-    async for row in _idle(session, [n for n in session.options.tokens if n > LONGEST_BESIDE_BATCH]):
+    lengths = [n for n in session.options.tokens if n > LONGEST_QUICK]
+    async for row in _idle(session, lengths):
+        yield row
+    async for row in _beside_batch(session, [n for n in lengths if n <= LONGEST_BESIDE_BATCH]):
+        row.details.pop("chunk_delays")
         yield row
 
 
 async def _idle(session: Session, lengths: list[int]) -> AsyncIterator[Row]:
     for tokens in lengths:
         for sender in STREAMING:
-            yield await _exposed(session, sender, tokens, "decode idle")
+            row = await _exposed(session, sender, tokens, "decode idle")
+            row.details.pop("chunk_delays")
+            yield row
         yield await _bulk(session, tokens)
 
 
-async def batch(session: Session) -> AsyncIterator[Row]:
-    """Hand-overs while decode runs a batch."""
+async def _beside_batch(session: Session, lengths: list[int]) -> AsyncIterator[Row]:
+    if not lengths:
+        return
     async with session.batch():
-        delays: list[float] = []
-        for tokens in session.options.tokens:
-            if tokens > LONGEST_BESIDE_BATCH:
-                continue
+        for tokens in lengths:
             for sender in STREAMING:
-                row = await _exposed(session, sender, tokens, f"decode at batch {session.options.batch}")
-                delays += row.details.pop("chunk_delays", [])
-                yield row
-        found = percentiles(delays)
-        yield Row(
-            "Chunk received to receive started, decoding, p99",
-            found["p99"] * 1e3,
-            "ms",
-            at_most=2.0,
-            wanted=1.0,
-            details={name: value * 1e3 for name, value in found.items()} | {"chunks": len(delays)},
-        )
+                yield await _exposed(session, sender, tokens, f"decode at batch {session.options.batch}")
 
 
 async def epochs(session: Session) -> AsyncIterator[Row]:
@@ -129,11 +139,11 @@ async def epochs(session: Session) -> AsyncIterator[Row]:
 PARTS: dict[str, Part] = {
     "setup": setup,
     "raw": raw,
-    "packing": packing,
-    "epochs": epochs,
     "idle": idle,
     "batch": batch,
     "steps": steps,
+    "packing": packing,
+    "epochs": epochs,
     "long": long,
 }
 
@@ -154,7 +164,7 @@ async def rows(session: Session, names: list[str]) -> AsyncIterator[Row]:
 
 
 async def _exposed(session: Session, sender: str, tokens: int, beside: str) -> Row:
-    repeats = session.options.repeats if tokens <= LONGEST_REPEATED else 2 if tokens <= LONGEST_BESIDE_BATCH else 1
+    repeats = session.options.repeats if tokens <= LONGEST_QUICK else 2 if tokens <= LONGEST_BESIDE_BATCH else 1
     specs = [session.spec(tokens) for _ in range(repeats + 1)]
     if tokens <= LONGEST_BESIDE_BATCH:
         await session.hand_over(sender, specs[0])
@@ -177,8 +187,6 @@ async def _exposed(session: Session, sender: str, tokens: int, beside: str) -> R
     if sender == "stream" and tokens == 8192:
         at_most, wanted = 0.03 * prefill * 1e3, 0.01 * prefill * 1e3
     work = f"exposed, {tokens} tokens, {STREAMING[sender]}, {beside}"
-    if beside == "decode idle":
-        details.pop("chunk_delays", None)
     return Row(work, exposed * 1e3, "ms", at_most=at_most, wanted=wanted, details=details)
 
 

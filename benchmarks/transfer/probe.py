@@ -28,7 +28,7 @@ from benchmarks.transfer.observe import DeviceClock, ObservedEngine, ObservedPor
 from benchmarks.transfer.packing import pack_seconds
 from benchmarks.transfer.raw import RawLink
 from decode_worker.handover import DecodeHalf
-from kv_transfer.connection import connect
+from kv_transfer.connection import connect, resolve_backend
 from kv_transfer.rendezvous import StoreServer, connect_store
 from kv_transfer.transport import PairTransport, TransferError
 from prefill_worker.handover import PrefillHalf
@@ -53,6 +53,7 @@ class Probe:
         self._host = settings.cluster.worker_host or "127.0.0.1"
         self._device = resolve_device(settings.cluster.device)
         self._settings, self._max_ctas = settings, max_ctas
+        self._backend = resolve_backend(settings.transfer.backend, self._device)
         self._log = WorkerLog(DeviceClock(self._device))
         self._since = 0.0
         self._shell = WorkerShell(settings, self._role, self._host, self._build, [self._half])
@@ -141,9 +142,8 @@ class Probe:
         )
 
     async def raw_join(self, name: str) -> None:
-        self._raw = await asyncio.to_thread(
-            RawLink, self._store, name, self._rank, self._host, self._device, self._max_ctas
-        )
+        device = self._device if self._backend == "nccl" else torch.device("cpu")
+        self._raw = await asyncio.to_thread(RawLink, self._store, name, self._rank, self._host, device, self._max_ctas)
 
     async def raw_move(self, count: int, num_bytes: int) -> float:
         assert self._raw is not None
@@ -166,7 +166,7 @@ class Probe:
 
         def call() -> PairTransport:
             return connect(
-                "nccl" if self._device.type == "cuda" else "gloo",
+                self._backend,
                 self._store,
                 epoch,
                 self._rank,

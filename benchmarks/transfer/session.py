@@ -31,6 +31,7 @@ class Options:
 
     shape: str
     device: str
+    backend: str
     dtype: str
     tokens: tuple[int, ...]
     repeats: int
@@ -73,6 +74,7 @@ class Options:
             engine["max_num_batched_tokens"] = max(self.prefill_budget, min(longest, 32768))
         engine["num_blocks"] = max(engine["num_blocks"], -(-engine["max_model_len"] // self.block_size))
         transfer = {
+            "backend": self.backend,
             "window": self.window,
             "slot_bytes": self.slot_bytes,
             "max_ctas": self.max_ctas,
@@ -119,7 +121,7 @@ class Session:
     def _gpu(self, name: str) -> str | None:
         if self.options.device == "cpu":
             return None
-        return gpus()[0 if ROLES[name] == "prefill" else 1]
+        return gpus()[0 if ROLES[name] == "prefill" else len(gpus()) > 1]
 
     # ---- requests
 

@@ -54,6 +54,8 @@ class Outcome:
 class KillRun:
     """The survivors, the router and all that clients saw. `moved`: streams that were resubmitted."""
 
+    config: BatonConfig
+    gpus: Sequence[str]
     router: Router
     prefill: KillWorker
     decode: KillWorker
@@ -171,7 +173,7 @@ async def kill_run(config: BatonConfig, gpus: Sequence[str]) -> AsyncIterator[Ki
     url = f"http://127.0.0.1:{router.http_port}"
     cluster = TargetCluster(url, "", _cannot_inject)
     http = httpx.AsyncClient(base_url=url, timeout=20.0)
-    run = KillRun(router, prefill, decode, Client(url, config.model_name, END_S), cluster, http)
+    run = KillRun(config, gpus, router, prefill, decode, Client(url, config.model_name, END_S), cluster, http)
     run._set_members()
     try:
         yield run
@@ -184,8 +186,8 @@ async def kill_run(config: BatonConfig, gpus: Sequence[str]) -> AsyncIterator[Ki
 
 
 async def start(victim: Victim, config: BatonConfig, gpus: Sequence[str]) -> KillWorker:
-    """Prefill workers on the first GPU, decode workers on the second."""
-    gpu = gpus[GPU_OF[victim.role]] if gpus else None
+    """Prefill workers on the first GPU, decode workers on the second if there is one."""
+    gpu = gpus[GPU_OF[victim.role] % len(gpus)] if gpus else None
     return await KillWorker.start(victim.role, config, victim.death, gpu)
 
 
