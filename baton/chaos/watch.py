@@ -10,7 +10,7 @@ import httpx
 
 from baton.chaos.cluster import BUSY, STATES, Blocks, Size, TargetCluster
 
-_PERIOD_S, _REST_PERIOD_S = 0.2, 0.1
+_PERIOD_S, _REST_PERIOD_S, _COMPLETE_PERIOD_S = 0.5, 0.1, 0.2
 HOLD_S = 0.6
 
 
@@ -49,7 +49,7 @@ async def until_complete(cluster: TargetCluster, size: Size, timeout_s: float, g
     while time.monotonic() < start + timeout_s:
         if await cluster.is_complete(size, gone):
             return time.monotonic() - start
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(_COMPLETE_PERIOD_S)
     return None
 
 
