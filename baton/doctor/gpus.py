@@ -5,10 +5,11 @@ a broken driver hangs whoever asks it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -59,7 +60,7 @@ class Gpus:
     peers: frozenset[tuple[int, int]]
 
 
-def gpus(run: Run = run) -> tuple[list[Finding], Gpus]:
+def gpus(run: Run = run, variables: Mapping[str, str] = os.environ) -> tuple[list[Finding], Gpus]:
     """The driver's list beside torch's."""
     found, driver_count = _driver(run)
     try:
@@ -68,6 +69,11 @@ def gpus(run: Run = run) -> tuple[list[Finding], Gpus]:
         change = "look at dmesg for Xid errors; reset the GPU or restart the machine"
         return [*found, wrong("GPUs", f"torch cannot use them: {error}", change)], Gpus(0, frozenset())
     known = Gpus(len(said["gpus"]), frozenset((a, b) for a, b in said["peers"]))
+    if not known.count and variables.get("CUDA_VISIBLE_DEVICES") == "":
+        return [
+            *found,
+            skipped("GPUs", "hidden by CUDA_VISIBLE_DEVICES; workers will run on the CPU, over gloo"),
+        ], known
     if not known.count:
         return [*found, _no_gpu(said["cuda"], said["torch"], driver_count)], known
     found += [_gpu(index, gpu) for index, gpu in enumerate(said["gpus"])]

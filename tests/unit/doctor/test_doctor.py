@@ -185,6 +185,11 @@ def test_a_machine_without_gpus_is_no_fault() -> None:
     assert statuses(gpus.links(known)) == [Status.SKIPPED]
 
 
+def test_gpus_that_are_hidden_on_purpose() -> None:
+    found, _ = gpus.gpus(Tools(TWO_OF_A_DRIVER, torch_sees()), {"CUDA_VISIBLE_DEVICES": ""})
+    assert statuses(found) == [Status.OK, Status.SKIPPED]
+
+
 def test_two_good_gpus() -> None:
     found, known = gpus.gpus(Tools(TWO_OF_A_DRIVER, torch_sees(gpu(), gpu(), peers=[[0, 1], [1, 0]])))
     assert set(statuses(found)) == {Status.OK}
