@@ -22,7 +22,7 @@ from benchmarks.serve.environment import describe_client
 from benchmarks.served.measure import measure
 from benchmarks.served.plan import Layout, ServedPlan, read_plan
 from benchmarks.served.server import RunningServer, running_server
-from benchmarks.served.table import markdown
+from benchmarks.served.table import clients_table, markdown
 
 Flag = typer.Option
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._]+")
@@ -96,7 +96,8 @@ class _Runner:
         with tempfile.TemporaryDirectory() as directory:
             model = self._model(Path(directory) / (self._plan.shape or "model"))
             for layout in self._plan.layouts:
-                if not layouts or layout.name in layouts:
+                wanted = not layouts or layout.name in layouts
+                if wanted and any(not loads or load.name in loads for load in layout.loads):
                     await self._layout(layout, model, loads)
 
     def _model(self, directory: Path) -> Path:
@@ -131,6 +132,7 @@ class _Runner:
                 continue
             self._document["rows"].append({"layout": layout.name, **measured.row})
             self._write()
+            self._say("\n".join(clients_table(self._document["rows"][-1:])))
             if self._raw:
                 stem = _NOT_IN_NAMES.sub("-", name)
                 (self._out / f"raw-{stem}.json").write_text(json.dumps(measured.raw), encoding="utf-8")

@@ -24,7 +24,7 @@ _PARTS = {
 def markdown(document: dict[str, Any]) -> str:
     """What clients saw, what the peer did, where the time went, how long the start took."""
     rows = document["rows"]
-    lines = ["What clients saw, p50 / p99 in ms:", "", *_clients(rows)]
+    lines = ["What clients saw, p50 / p99 in ms:", "", *clients_table(rows)]
     if any(row["load"]["peer"] for row in rows):
         lines += ["", f"Beside {document['plan']['peer'] or 'the peer'}, ours / theirs:", "", *_peers(rows)]
     lines += ["", "Where the server says the time went, p50 / p99 in ms:", "", *_parts(rows)]
@@ -34,7 +34,8 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _clients(rows: list[dict[str, Any]]) -> list[str]:
+def clients_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of the first table: latencies and throughput of some rows."""
     lines = _head(["layout", "load", "requests", *_COLUMNS, "output tok/s"])
     for row in rows:
         summary = row["summary"]
