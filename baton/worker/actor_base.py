@@ -16,6 +16,10 @@ from baton.worker.shell import WorkerShell
 # interpreter for microseconds, would wait for it up to this long at every turn; CPython's default is 5 ms.
 SWITCH_INTERVAL_S = 0.0005
 
+# The engine thread must not wait for long for the interpreter's lock while the event loop or a transfer thread has it:
+# Python's own 5 ms are a whole decode step.
+_SWITCH_INTERVAL_S = 0.0005
+
 
 class WorkerActor:
     """Owns one shell. All methods run on the actor's asyncio loop; several may run at a time."""
@@ -36,6 +40,7 @@ class WorkerActor:
             if self._shell is None:
                 sys.setswitchinterval(SWITCH_INTERVAL_S)
                 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+                sys.setswitchinterval(_SWITCH_INTERVAL_S)
                 config = BatonConfig.model_validate_json(config_json)
                 host = config.cluster.worker_host or default_host
                 shell = WorkerShell(config, self._role, host, build_engine, self._halves)
