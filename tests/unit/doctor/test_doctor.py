@@ -248,7 +248,7 @@ def test_pairs_to_try() -> None:
 
 
 def test_a_gloo_pair_between_two_processes() -> None:
-    found = only(pairs.connections(Gpus(0, frozenset()), "127.0.0.1"))
+    found = only(pairs.connections(Gpus(0, frozenset()), "127.0.0.1", (), 120.0))
     assert found.status is Status.OK, found
     assert "intact" in found.text
 
