@@ -116,8 +116,9 @@ class FaultSettings(_Section):
 
     Probabilities are per frame or per received chunk. `frame_*` act on the control frames that the worker reads from a
     peer, in their order: delay plus up to `frame_jitter_s`, loss, duplication. `bytes_per_s` slows what it sends, 0 is
-    unlimited. `corruption` flips one bit of a received chunk. `router_*` act on the frames that it reads from routers:
-    delay, jitter, and a break of the stream (per frame), which is what loss is on a stream.
+    unlimited. Of received chunks `corruption` flips one bit, `stale` leaves what the slot held before, `truncation` the
+    second half of that. `router_*` act on the frames that it reads from routers: delay, jitter, and a break of the
+    stream (per frame), which is what loss is on a stream.
     """
 
     frame_delay_s: float = Field(0.0, ge=0)
@@ -126,6 +127,8 @@ class FaultSettings(_Section):
     frame_duplication: float = Field(0.0, ge=0, le=1)
     bytes_per_s: float = Field(0.0, ge=0)
     corruption: float = Field(0.0, ge=0, le=1)
+    stale: float = Field(0.0, ge=0, le=1)
+    truncation: float = Field(0.0, ge=0, le=1)
     router_delay_s: float = Field(0.0, ge=0)
     router_jitter_s: float = Field(0.0, ge=0)
     router_break: float = Field(0.0, ge=0, le=1)

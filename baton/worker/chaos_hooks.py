@@ -1,5 +1,5 @@
-"""Faults for chaos tests. Of KV connections: late, lost and doubled frames, a slow link, flipped bits. Of routers'
-streams: late frames and breaks.
+"""Faults for chaos tests. Of KV connections: late, lost and doubled frames, a slow link, chunks with flipped bits,
+truncated or stale. Of routers' streams: late frames and breaks.
 
 One injector per worker, used where a control stream is read (asyncio thread) and around the transport that moves KV
 (transfer threads). Unless `chaos.enabled` it is a `NoFaults`, which hands everything through as it is.
@@ -151,7 +151,7 @@ def _num_copies(faults: FrameFaults, generator: random.Random) -> int:
 
 
 class FaultyTransport:
-    """See `PairTransport`: a slow link on what is sent, flipped bits in what is received."""
+    """See `PairTransport`: a slow link on what is sent, spoilt chunks in what is received."""
 
     def __init__(self, transport: PairTransport, injector: FaultInjector, generator: random.Random) -> None:
         self._transport = transport
@@ -166,7 +166,10 @@ class FaultyTransport:
         return self._transport.start_send(buffer)
 
     def start_recv(self, buffer: torch.Tensor) -> Transfer:
-        return _FaultyReceive(self._transport.start_recv(buffer), buffer, self._injector, self._generator)
+        settings = self._injector.settings
+        before = buffer.clone() if settings.stale or settings.truncation else None
+        receive = self._transport.start_recv(buffer)
+        return _FaultyReceive(receive, buffer, before, self._injector, self._generator)
 
     def close(self) -> None:
         self._closing.set()
@@ -174,18 +177,31 @@ class FaultyTransport:
 
 
 class _FaultyReceive:
-    """See `Transfer`: a bit may differ from what was sent."""
+    """See `Transfer`: a bit may differ from what was sent, or all or the second half be what the slot held `before`."""
 
     def __init__(
-        self, receive: Transfer, buffer: torch.Tensor, injector: FaultInjector, generator: random.Random
+        self,
+        receive: Transfer,
+        buffer: torch.Tensor,
+        before: torch.Tensor | None,
+        injector: FaultInjector,
+        generator: random.Random,
     ) -> None:
         self._receive = receive
         self._buffer = buffer
+        self._before = before
         self._injector = injector
         self._generator = generator
 
     def wait(self) -> None:
         self._receive.wait()
-        if self._generator.random() < self._injector.settings.corruption:
-            buffer = self._buffer
+        settings, buffer, draw = self._injector.settings, self._buffer, self._generator.random
+        if draw() < settings.corruption:
             buffer[self._generator.randrange(buffer.numel())] ^= 1 << self._generator.randrange(8)
+        if self._before is None:
+            return
+        if draw() < settings.stale:
+            buffer.copy_(self._before)
+        elif draw() < settings.truncation:
+            half = buffer.numel() // 2
+            buffer[half:].copy_(self._before[half:])

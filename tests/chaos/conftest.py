@@ -35,7 +35,11 @@ def oracle(model: Path) -> GreedyOracle:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def running_cluster(model: Path, oracle: GreedyOracle) -> AsyncIterator[Harness]:
-    config: dict[str, object] = {"transfer.lease_s": LEASE_S, "engine.max_num_batched_tokens": 128}
+    config: dict[str, object] = {
+        "transfer.lease_s": LEASE_S,
+        "engine.max_num_batched_tokens": 128,
+        "router.max_attempts": 8,  # faults that go on for seconds meet a request more than once
+    }
     async with target_cluster(ChaosPlan(config=config), model, print) as cluster:
         client = Client(cluster.url, await cluster.model_name(), 60.0)
         size = await cluster.size()

@@ -110,6 +110,14 @@ class Harness:
         """Outcomes of all attempts of a request."""
         return [attempt["outcome"] for attempt in (await self.record(running))["attempts"]]
 
+    async def given_up(self, worker: Worker) -> float:
+        """Wait until the router is no more attached to the worker; the time at which it is not."""
+        deadline = time.monotonic() + WAIT_S
+        while worker.worker_id in [other.worker_id for other in await self.cluster.workers()]:
+            assert time.monotonic() < deadline, f"{worker.worker_id} was not given up within {WAIT_S} s"
+            await asyncio.sleep(0.05)
+        return time.monotonic()
+
     async def complete(self, *gone: Worker) -> float:
         """Wait until all workers are there and connected, without those that are gone; the seconds that it took."""
         seconds = await until_complete(self.cluster, self.size, COMPLETE_S, frozenset(w.worker_id for w in gone))

@@ -14,20 +14,21 @@ from tests.chaos.harness import Harness, job
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="session")]
 
 
-async def test_a_corrupt_block_is_computed_again(harness: Harness) -> None:
-    async with harness.injected(corruption=1.0):
-        running = harness.start(job(300, 40, seed=4))
+@pytest.mark.parametrize("fault", ["corruption", "stale", "truncation"])
+async def test_a_spoilt_block_is_computed_again(harness: Harness, fault: str) -> None:
+    async with harness.injected(**{fault: 1.0}):
+        running = harness.start(job(300, 40, seed=4 + len(fault)))
         await harness.check(running)
     outcomes = await harness.attempts(running)
     stall_s = running.stream.arrivals[1] - running.stream.arrivals[0]
-    print(f"attempts {outcomes}, second token {stall_s:.2f} s after the first")
+    print(f"{fault}: attempts {outcomes}, second token {stall_s:.2f} s after the first")
     assert outcomes[0].startswith("failed (corrupt)")
     assert outcomes[-1] == "finished"
     assert stall_s < 3.0
 
 
-async def test_a_few_flipped_bits_under_load(harness: Harness) -> None:
-    async with harness.injected(corruption=0.1):
+async def test_a_few_spoilt_blocks_under_load(harness: Harness) -> None:
+    async with harness.injected(corruption=0.05, stale=0.05, truncation=0.05):
         await harness.check(*harness.start_many(24, 150, 30, seed=5))
 
 

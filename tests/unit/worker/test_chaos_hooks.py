@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
+import torch
 
 from baton.common.config import ChaosConfig, FaultSettings
 from baton.common.errors import ConfigError
@@ -57,6 +58,39 @@ async def test_what_breaks_a_stream_is_told_to_its_reader() -> None:
 
     with pytest.raises(ConnectionError, match="gone"):
         await read(injector(router_delay_s=0.01).router_frames(broken()))
+
+
+SENT = bytes(range(1, 9))
+HELD = bytes([200] * 8)
+SPOILT = {"stale": HELD, "truncation": SENT[:4] + HELD[4:]}
+
+
+class Arrived:
+    """A transport through which SENT has just come."""
+
+    def start_send(self, buffer: torch.Tensor) -> Arrived:
+        raise AssertionError(buffer)
+
+    def start_recv(self, buffer: torch.Tensor) -> Arrived:
+        buffer.copy_(torch.tensor(list(SENT), dtype=torch.uint8))
+        return self
+
+    def wait(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def received(**settings: float) -> bytes:
+    buffer = torch.tensor(list(HELD), dtype=torch.uint8)
+    injector(**settings).transport(Arrived()).start_recv(buffer).wait()
+    return bytes(buffer.tolist())
+
+
+def test_a_chunk_is_spoilt_as_asked() -> None:
+    assert received() == SENT
+    assert {fault: received(**{fault: 1.0}) for fault in SPOILT} == SPOILT
+    flipped = received(corruption=1.0)
+    assert sum((a ^ b).bit_count() for a, b in zip(flipped, SENT, strict=True)) == 1
 
 
 async def test_nothing_is_disturbed_nor_can_be_unless_chaos_is_enabled() -> None:
