@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 DECODE_RANK, PREFILL_RANK = 0, 1
-MAX_CTAS = 8
+MAX_CTAS = 4
 _ARRIVAL_POLL_S = 0.003
 
 

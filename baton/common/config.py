@@ -81,16 +81,16 @@ class TransferConfig(_Section):
 
     `backend` "auto" is NCCL between GPUs and gloo between CPUs; the decode worker's choice counts. `window` messages of
     `slot_bytes` may be in flight, which is the staging memory of a pair at either end.
-    `layer_groups`: in how many parts a prefill step's KV is announced.
+    `layer_groups`: in how many parts a prefill step's KV is announced; 0 adapts them to compute and link.
     `max_ctas` bounds the multiprocessors that NCCL takes. Memory for `num_pairs` connections is set aside on a GPU.
     `peer_share`: how much of its KV a prefill worker holds at most for one decode worker while it has several.
     """
 
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    window: int = Field(4, ge=1, le=64)
-    slot_bytes: int = Field(8 * 1024 * 1024, ge=4096, le=32 * 1024 * 1024)
-    layer_groups: int = Field(4, ge=1)
-    max_ctas: int = Field(8, ge=1, le=32)
+    window: int = Field(8, ge=1, le=64)
+    slot_bytes: int = Field(32 * 1024 * 1024, ge=4096, le=32 * 1024 * 1024)
+    layer_groups: int = Field(0, ge=0)
+    max_ctas: int = Field(4, ge=1, le=32)
     num_pairs: int = Field(4, ge=0)
     peer_share: float = Field(0.5, gt=0, le=1)
     connect_timeout_s: float = Field(20.0, gt=0)
