@@ -69,13 +69,13 @@ def _blamed(faults: list[Injection], stream: Stream) -> str:
 def print_report(console: Console, result: Result) -> None:
     table = Table(
         title="What the faults did",
-        caption="requests lost, with wrong tokens; longest stall of a stream; seconds until the cluster was whole",
+        caption="requests lost, with wrong tokens; longest stall of a stream; seconds until the cluster was whole, and how often it was not in time",
     )
     table.add_column("fault", no_wrap=True)
-    for name in ("done", "lost", "wrong", "near-ties", "stall s", "whole s"):
+    for name in ("done", "lost", "wrong", "ties", "stall s", "whole s"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in rows(result).items():
-        whole = "never" if row.never_whole else f"{row.whole_s:.1f}"
+        whole = f"{row.whole_s:.1f}" + (f", {row.never_whole} not" if row.never_whole else "")
         counts = (row.injected, row.lost, row.wrong, row.near_ties)
         table.add_row(name, *map(str, counts), *((f"{row.stall_s:.2f}", whole) if row.injected else "--"))
     console.print(table)
