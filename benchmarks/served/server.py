@@ -61,13 +61,19 @@ async def running_server(
     try:
         await asyncio.wait_for(serving.wait(), timeout_s)
         if not server.url:
-            raise Unavailable("baton serve ended:\n" + "".join(server.last_lines[-30:]))
+            raise Unavailable(_ended("baton serve ended", server))
         yield server
     except TimeoutError:
-        raise Unavailable(f"no server after {timeout_s:g} s:\n" + "".join(server.last_lines[-30:])) from None
+        raise Unavailable(_ended(f"no server after {timeout_s:g} s", server)) from None
     finally:
         await _stop(process)
         await reader
+
+
+def _ended(what: str, server: RunningServer) -> str:
+    """One line that says why, then the end of the log."""
+    lines = [line.strip() for line in server.last_lines if line.strip()]
+    return "\n".join([f"{what}: {lines[-1] if lines else 'it said nothing'}", *lines[-30:]])
 
 
 async def _follow(
