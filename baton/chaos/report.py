@@ -69,7 +69,8 @@ def _blamed(faults: list[Injection], stream: Stream) -> str:
 def print_report(console: Console, result: Result) -> None:
     table = Table(
         title="What the faults did",
-        caption="requests lost, with wrong tokens; longest stall of a stream; seconds until the cluster was whole, and how often it was not in time",
+        caption="requests lost, with wrong tokens; near-ties; longest stall of a stream; "
+        "seconds until the cluster was whole, and how often it was not in time",
     )
     table.add_column("fault", no_wrap=True)
     for name in ("done", "lost", "wrong", "ties", "stall s", "whole s"):
