@@ -6,6 +6,7 @@ There is no default process group and no world: each pair has a group of its own
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -32,6 +33,7 @@ __all__ = [
 DECODE_RANK, PREFILL_RANK = 0, 1
 MAX_CTAS = 4
 _ARRIVAL_POLL_S = 0.003
+_MULTICAST_OFF = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS")
 
 
 def nccl_environment() -> dict[str, str]:
@@ -87,12 +89,22 @@ def connect(
         _await_peer(keys, rank, epoch, connect_timeout_s, cancel or threading.Event())
         if backend == "gloo":
             return connect_gloo(keys, rank, host, connect_timeout_s, operation_timeout_s)
+        _check_environment()
         lock = launch_lock or threading.Lock()
         return connect_nccl(
             keys, rank, device, connect_timeout_s, operation_timeout_s, lock, max_ctas, rank == PREFILL_RANK
         )
     except RuntimeError as error:
         raise TransferError(f"{backend} connect under epoch {epoch}: {first_line(error)}") from None
+
+
+def _check_environment() -> None:
+    """Raise ConfigError in a process in which NCCL would turn NVLink multicast on: that can put a host out of service."""
+    wrong = [name for name in _MULTICAST_OFF if os.environ.get(name) != nccl_environment()[name]]
+    if wrong:
+        raise ConfigError(
+            "transfer.backend", f"NCCL must not use NVLink multicast: start this process with {wrong} set"
+        )
 
 
 def _await_peer(keys: Store, rank: int, epoch: str, timeout_s: float, cancel: threading.Event) -> None:

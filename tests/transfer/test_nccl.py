@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from kv_transfer.connection import nccl_environment
+from baton.common.errors import ConfigError
+from kv_transfer.connection import DECODE_RANK, PREFILL_RANK, connect, nccl_environment
 from kv_transfer.nccl import NcclTransport
 from kv_transfer.transport import TransferError
 from tests.transfer.io_support import WAIT_S, recv
@@ -121,3 +123,23 @@ def test_workers_turn_multicast_and_torchs_own_error_handling_off() -> None:
     environment = nccl_environment()
     assert environment["NCCL_NVLS_ENABLE"] == environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
     assert environment["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == environment["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
+
+
+@pytest.mark.parametrize("missing", ["NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS"])
+def test_nccl_is_not_touched_where_multicast_is_not_off(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in nccl_environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    store = HashStore()
+    store.set(f"e/here/{PREFILL_RANK}", "1")
+    with pytest.raises(ConfigError, match=missing):
+        connect(
+            "nccl",
+            store,
+            "e",
+            DECODE_RANK,
+            host="127.0.0.1",
+            device=torch.device("cuda", 0),
+            connect_timeout_s=1.0,
+            operation_timeout_s=1.0,
+        )
