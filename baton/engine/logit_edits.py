@@ -24,11 +24,21 @@ class _History:
     num_known: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """What to add to one row: int64 and float32 [num_entries]. Each token occurs once."""
+
+    tokens: torch.Tensor
+    values: torch.Tensor
+
+
 class LogitEditor:
-    """Keeps, for every living request with penalties, how often each token occurred."""
+    """Keeps, for every living request, how often each token occurred if that matters, and what its settings add."""
 
     def __init__(self) -> None:
         self._histories: WeakKeyDictionary[Request, _History] = WeakKeyDictionary()
+        self._biases: WeakKeyDictionary[Request, _Entries] = WeakKeyDictionary()
+        self._early_stops: WeakKeyDictionary[Request, _Entries] = WeakKeyDictionary()
 
     def edit(self, logits: torch.Tensor, requests: Sequence[Request], positions: Sequence[int]) -> torch.Tensor:
         """logits: [num_rows, vocab_size], one row per request; returns them, or float32 copies where any row changes.
@@ -40,9 +50,29 @@ class LogitEditor:
             return logits
         edited = logits.to(torch.float32, copy=True)
         self._penalise(edited, requests, positions)
-        _add(edited, [(row, t, bias) for row, r in enumerate(requests) for t, bias in r.sampling.logit_bias])
-        _add(edited, _early_stops(requests, positions, edited.shape[1]))
+        self._add_biases(edited, requests)
+        self._ban_early_stops(edited, requests, positions)
         return edited
+
+    def _add_biases(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
+        rows = [row for row, request in enumerate(requests) if request.sampling.logit_bias]
+        for row in rows:
+            if requests[row] not in self._biases:
+                tokens, values = zip(*requests[row].sampling.logit_bias, strict=True)
+                self._biases[requests[row]] = _entries(tokens, values, logits.device)
+        _add(logits, rows, [self._biases[requests[row]] for row in rows])
+
+    def _ban_early_stops(self, logits: torch.Tensor, requests: Sequence[Request], positions: Sequence[int]) -> None:
+        rows = [
+            row
+            for row, (request, position) in enumerate(zip(requests, positions, strict=True))
+            if position - request.num_prompt_tokens < request.sampling.min_tokens
+        ]
+        for row in rows:
+            if requests[row] not in self._early_stops:
+                tokens = [token for token in requests[row].sampling.stop_token_ids if token < logits.shape[1]]
+                self._early_stops[requests[row]] = _entries(tokens, [-torch.inf] * len(tokens), logits.device)
+        _add(logits, rows, [self._early_stops[requests[row]] for row in rows])
 
     def _penalise(self, logits: torch.Tensor, requests: Sequence[Request], positions: Sequence[int]) -> None:
         rows = [row for row, request in enumerate(requests) if request.sampling.has_penalties]
@@ -86,25 +116,17 @@ class LogitEditor:
         return history
 
 
-def _early_stops(
-    requests: Sequence[Request], positions: Sequence[int], vocab_size: int
-) -> list[tuple[int, int, float]]:
-    return [
-        (row, token, -torch.inf)
-        for row, (request, position) in enumerate(zip(requests, positions, strict=True))
-        if position - request.num_prompt_tokens < request.sampling.min_tokens
-        for token in request.sampling.stop_token_ids
-        if token < vocab_size
-    ]
+def _entries(tokens: Sequence[int], values: Sequence[float], device: torch.device) -> _Entries:
+    return _Entries(_ids(tokens, device), torch.tensor(values, dtype=torch.float32).to(device))
 
 
-def _add(logits: torch.Tensor, entries: list[tuple[int, int, float]]) -> None:
-    """Add values to (row, token) places, each of which occurs once."""
-    if entries:
-        rows, tokens, values = zip(*entries, strict=True)
-        device = logits.device
-        at = _ids(rows, device), _ids(tokens, device)
-        logits[at] += torch.tensor(values, dtype=torch.float32).to(device)
+def _add(logits: torch.Tensor, rows: Sequence[int], entries: Sequence[_Entries]) -> None:
+    """Add each row's entries, all rows at once."""
+    if rows:
+        counts = torch.tensor([len(one.tokens) for one in entries])
+        row_of_entry = torch.repeat_interleave(torch.tensor(rows), counts).to(logits.device, non_blocking=True)
+        at = row_of_entry, torch.cat([one.tokens for one in entries])
+        logits[at] += torch.cat([one.values for one in entries])
 
 
 def _ids(values: Sequence[int], device: torch.device) -> torch.Tensor:
