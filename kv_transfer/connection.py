@@ -99,12 +99,11 @@ def connect(
 
 
 def _check_environment() -> None:
-    """Raise ConfigError in a process in which NCCL would turn NVLink multicast on: that can put a host out of service."""
+    """Raise ConfigError where NCCL would turn NVLink multicast on: that can put a host out of service."""
     wrong = [name for name in _MULTICAST_OFF if os.environ.get(name) != nccl_environment()[name]]
     if wrong:
-        raise ConfigError(
-            "transfer.backend", f"NCCL must not use NVLink multicast: start this process with {wrong} set"
-        )
+        message = f"NCCL must not use NVLink multicast: {', '.join(wrong)} of this process are not as they must be"
+        raise ConfigError("transfer.backend", message)
 
 
 def _await_peer(keys: Store, rank: int, epoch: str, timeout_s: float, cancel: threading.Event) -> None:
