@@ -43,7 +43,8 @@ def num_blocks(config: Config, request: str) -> int:
 
 
 def check_decode_engine(config: Config, engine: DecodeEngine) -> None:
-    held = chain(engine.free, *(lease.blocks for lease in engine.reserved), *(run.blocks for run in engine.running))
+    known = (engine.free, engine.elsewhere)
+    held = chain(*known, *(lease.blocks for lease in engine.reserved), *(run.blocks for run in engine.running))
     blocks = sorted(held)
     require(blocks == list(range(config.decode_blocks)), f"I4: free + leased + running is {blocks}")
 
@@ -79,10 +80,9 @@ def check_decode_state(config: Config, state: DecodeState) -> None:
         require(alive or lease.phase is LeasePhase.DRAINING, f"I3: lease of {lease.key} lives on without a connection")
 
 
-def check_deadlines(world: Any) -> None:
+def check_deadlines(world: Any, workers: Iterable[int]) -> None:
     """No lease or attempt outlives the deadline that its first command brought, whatever is heard later."""
-    model = world.model
-    for worker in range(model.num_workers):
+    for worker in workers:
         first, state = dict(world.engine(worker).deadlines), world.state(worker)
         for holder in (state.attempts if isinstance(state, PrefillState) else state.leases).values():
             require(holder.deadline <= first[holder.key], f"I3: the deadline of {holder.key} was put off")

@@ -37,7 +37,7 @@ class RequestSpec:
 class Config:
     """`faults`: how many may happen in one run, cancels included, drawn from `kinds`.
 
-    `hit`: the workers that may crash or see time pass; None: all. `reduce`: leave out orders that make no difference.
+    `reduce`: leave out orders that make no difference.
     `fine`: every completion is a step of its own. Otherwise an engine's answer to a reservation is immediate and a
     transfer completes at both ends in one step; see README.md.
     """
@@ -55,15 +55,11 @@ class Config:
     epochs: int = 2
     fine: bool = True
     reduce: bool = True
-    hit: frozenset[int] | None = None
 
     @property
     def links(self) -> frozenset[tuple[int, int]]:
         """The pairs that are connected: those that a request uses."""
         return frozenset((request.prefill, request.decode) for request in self.requests)
-
-    def may_hit(self, worker: int) -> bool:
-        return self.hit is None or worker in self.hit
 
 
 ONE_BY_ONE = RequestSpec(0, 0, 1)

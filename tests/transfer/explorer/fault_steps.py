@@ -73,8 +73,9 @@ def swap(world: World, channel: str, *where: int) -> None:
 
 
 def mark_lossy(world: World, channel: str) -> None:
-    field = "router_lossy" if channel == "inbox" else "peer_lossy"
-    world.values[BUDGET] = world.budget._replace(**{field: True})
+    budget = world.budget
+    lossy = budget._replace(router_lossy=True) if channel == "inbox" else budget._replace(peer_lossy=True)
+    world.values[BUDGET] = lossy
 
 
 def cancel(world: World, index: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from kv_transfer.events import AttemptKey
 from tests.transfer.explorer import halves, router
 from tests.transfer.explorer.checks import check_deadlines, require
+from tests.transfer.explorer.frame import Frame
 from tests.transfer.explorer.parts import (
     Budget,
     DecodeEngine,
@@ -23,12 +24,14 @@ from tests.transfer.explorer.parts import (
     PrefillEngine,
     PrefillEpoch,
     PrefillHalf,
-    Router,
+    RouterRequest,
     Side,
     Violation,
 )
+from tests.transfer.explorer.plans import STRIKES, is_next
+from tests.transfer.explorer.slices import Slices
 from tests.transfer.explorer.steps import Step, carry_out
-from tests.transfer.explorer.world import BUDGET, ENGINE, PROTO, ROUTER, TO_DECODE, TO_PREFILL, Model
+from tests.transfer.explorer.world import BUDGET, ENGINE, FIRST_WORKER, PER_WORKER, PROTO, TO_DECODE, TO_PREFILL, Model
 
 Key = tuple[int, ...]
 Calls = tuple[tuple[Any, ...], ...]
@@ -40,10 +43,23 @@ class Move(NamedTuple):
     cluster: int
 
 
+class Options(NamedTuple):
+    """What may start from a component. `strikes` come when the plan says so."""
+
+    progress: list[Move]
+    faults: list[Move]
+    strikes: list[Move]
+
+
+NOTHING = Options([], [], [])
+
+
 class Moves:
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._options: dict[tuple[int, int, int], tuple[list[Move], list[Move]]] = {}
+        self.slices = Slices(model)
+        self.frame = Frame(model, self.slices) if model.comes_apart else None
+        self._options: dict[int, list[dict[int, Options]]] = {}  # by the number of epochs, slot and value
         self._effects: dict[tuple[Step, Key], tuple[Key, Calls, bool]] = {}
         self._heard: dict[tuple[tuple[Any, ...], Key], tuple[Key, Calls]] = {}
 
@@ -54,62 +70,74 @@ class Moves:
         budget: Budget = self.model.values[key[BUDGET]]
         progress: list[Move] = []
         faults: list[Move] = []
-        for slot, number in enumerate(key):
-            found = self._options.get((slot, number, max_epochs))
+        if max_epochs not in self._options:
+            self._options[max_epochs] = [{} for _ in key]
+        for slot, (number, options) in enumerate(zip(key, self._options[max_epochs], strict=True)):
+            found = options.get(number)
             if found is None:
-                found = self._options[(slot, number, max_epochs)] = self._find(slot, number, max_epochs)
-            progress += found[0]
+                found = options[number] = self._find(slot, number, max_epochs)
+            if found is NOTHING:
+                continue
+            progress += found.progress
             if budget.left:
-                faults += found[1]
+                faults += found.faults
+            if budget.plan and found.strikes:
+                faults += [move for move in found.strikes if is_next(self.model, budget, move.step[0], move.step[1])]
         return progress, faults
 
-    def _find(self, slot: int, number: int, max_epochs: int) -> tuple[list[Move], list[Move]]:
-        kinds = self.model.config.kinds
+    def _find(self, slot: int, number: int, max_epochs: int) -> Options:
+        kinds, planned = self.model.config.kinds, self.model.planned
         moves = list(self._all(slot, self.model.values[number], max_epochs))
+        if not moves:
+            return NOTHING
         faults = [move for move in moves if move.step[0] in kinds]
-        return [move for move in moves if move.step[0] not in FAULTS], faults
+        strikes = [move for move in faults if move.step[0] in STRIKES and move.step[1] in planned]
+        return Options(
+            [move for move in moves if move.step[0] not in FAULTS],
+            [move for move in faults if move not in strikes],
+            strikes,
+        )
 
     def _all(self, slot: int, value: Any, max_epochs: int) -> Iterator[Move]:
         model = self.model
-        if slot == ROUTER:
-            yield from self._of_router(value)
-        elif slot == BUDGET:
+        if slot == BUDGET:
             return
+        if slot >= model.first_request:
+            yield from self._of_request(slot - model.first_request, value)
         elif slot >= model.first_inbox:
             yield from self._of_inbox(*divmod(slot - model.first_inbox, 2), value)
         elif slot >= model.first_pair:
             yield from self._of_half(slot, value, max_epochs)
         else:
-            worker, part = divmod(slot - 2, 2)
+            worker, part = divmod(slot - FIRST_WORKER, PER_WORKER)
             yield from self._of_protocol(worker, value) if part == PROTO else self._of_engine(worker, value)
 
-    def _of_router(self, value: Router) -> Iterator[Move]:
-        for index, request in enumerate(value.requests):
-            name = "open" if request.phase is Phase.IDLE else "cancel" if router.active(request) else None
-            if name is not None:
-                yield Move((name, index), (ROUTER, BUDGET, *self._inboxes(index)), self._cluster(index))
-        for worker, attached in enumerate(value.attached):
-            if not attached:
-                inboxes = range(self.model.first_inbox, self.model.size)
-                yield Move(("router_lost", worker), (ROUTER, *inboxes), self._first_link(worker))
+    def _of_request(self, index: int, request: RouterRequest) -> Iterator[Move]:
+        around, cluster = self._told(index), self._cluster(index)
+        if request.phase is Phase.IDLE:
+            yield Move(("open", index), around, cluster)
+        if router.active(request):
+            yield Move(("cancel", index), (*around, BUDGET), cluster)
+        for role in (TO_PREFILL, TO_DECODE):
+            if request.broken[role]:
+                yield Move(("router_lost", index, role), around, cluster)
 
     def _of_inbox(self, request: int, role: int, commands: tuple[Any, ...]) -> Iterator[Move]:
         spec = self.model.config.requests[request]
         cluster, slot = self._cluster(request), self.model.inbox_slot(request, role)
         worker = spec.prefill if role == TO_PREFILL else self.model.config.prefills + spec.decode
         if commands:
-            yield Move(("command", request, role), (slot, *self._local(worker), cluster + role), cluster)
+            plan = (BUDGET,) if "tick" in self.model.config.kinds else ()
+            yield Move(("command", request, role), (slot, *self._local(worker), cluster + role, *plan), cluster)
         for step in channel_faults("inbox", (request, role), commands):
             yield Move(step, (slot, BUDGET), cluster)
 
     def _of_protocol(self, worker: int, state: Any) -> Iterator[Move]:
-        if not self.model.config.may_hit(worker):
-            return
         around = (*self._local(worker), BUDGET, *self.model.halves_of(worker))
         if state.next_deadline() is not None:
             yield Move(("tick", worker), around, self._first_link(worker))
-        inboxes = range(self.model.first_inbox, self.model.size)
-        yield Move(("crash", worker), (*around, ROUTER, *inboxes), self._first_link(worker))
+        told = [slot for index in self.model.requests_at(worker) for slot in self._told(index)]
+        yield Move(("crash", worker), (*around, *told), self._first_link(worker))
 
     def _of_engine(self, worker: int, engine: PrefillEngine | DecodeEngine) -> Iterator[Move]:
         local, half = self._local(worker), 0 if self.model.is_prefill(worker) else 1
@@ -149,6 +177,9 @@ class Moves:
 
     def _local(self, worker: int) -> tuple[int, int]:
         return self.model.slot(worker, PROTO), self.model.slot(worker, ENGINE)
+
+    def _told(self, request: int) -> tuple[int, int, int]:
+        return (self.model.request_slot(request), *self._inboxes(request))
 
     def _inboxes(self, request: int) -> tuple[int, int]:
         return self.model.inbox_slot(request, TO_PREFILL), self.model.inbox_slot(request, TO_DECODE)
@@ -190,10 +221,13 @@ class Moves:
     def _carry_out(self, key: Key, move: Move) -> tuple[Key, Calls, bool]:
         world = self.model.world(key)
         carry_out(world, move.step)
-        check_deadlines(world)
         after = world.key()
         changed = {slot for slot, number in enumerate(after) if number != key[slot]}
+        touched = {(slot - FIRST_WORKER) // PER_WORKER for slot in changed & self.model.proto_slots}
+        check_deadlines(world, touched)
         require(changed <= set(move.footprint), f"{move.step[0]} reaches beyond its pair: slots {changed}")
+        if self.frame is not None and move.step[0] not in ("time", *STRIKES):
+            self.frame.check(key, move.step, move.cluster, (after, tuple(world.calls), world.idle))
         return tuple([after[slot] for slot in move.footprint]), tuple(world.calls), world.idle
 
     def _hear(self, key: list[int], call: tuple[Any, ...]) -> Calls:
@@ -210,7 +244,7 @@ class Moves:
     def _reach(self, call: tuple[Any, ...]) -> tuple[int, ...]:
         if call[0] == "half":
             return (call[1],)
-        return (ROUTER, *self._inboxes(self.model.request_index[call[2].request_id]))
+        return self._told(self.model.request_index[call[2].request_id])
 
     def _carry_out_call(self, key: Key, call: tuple[Any, ...], footprint: tuple[int, ...]) -> tuple[Key, Calls]:
         world = self.model.world(key)

@@ -20,6 +20,7 @@ class Phase(IntEnum):
     OK = 3
     FAILED = 4
     CANCELLED = 5
+    ABSENT = 6  # belongs to another part of a world that has come apart
 
 
 class Side(IntEnum):
@@ -32,19 +33,17 @@ class Side(IntEnum):
 
 
 class RouterRequest(NamedTuple):
-    """`base`: tokens emitted before the current attempt; `emitted`: tokens that the client has."""
+    """What the router knows of one request; nothing that it does for one depends on another.
+
+    `base`: tokens emitted before the current attempt; `emitted`: tokens that the client has. `broken`: whether the
+    stream to its prefill and to its decode worker is, which a crash breaks until the router attaches anew.
+    """
 
     phase: Phase = Phase.IDLE
     attempt: int = 0
     base: int = 0
     emitted: int = 0
-
-
-class Router(NamedTuple):
-    """`attached`: whether the stream to each worker is whole. A crash breaks it until the router attaches anew."""
-
-    requests: tuple[RouterRequest, ...]
-    attached: tuple[bool, ...]
+    broken: tuple[bool, bool] = (False, False)
 
 
 class OpenCommand(NamedTuple):
@@ -67,9 +66,13 @@ Command = OpenCommand | PrefillCommand | CancelCommand
 
 
 class Budget(NamedTuple):
-    """Faults left, and whether a message was lost or overtaken between workers, or from the router."""
+    """Faults left, and whether a message was lost or overtaken between workers, or from the router.
+
+    `plan`: the faults, in order, that are still to hit workers with several links: (kind, worker). See plans.py.
+    """
 
     left: int
+    plan: tuple[tuple[str, str], ...] = ()
     peer_lossy: bool = False
     router_lossy: bool = False
 
@@ -119,7 +122,10 @@ Content = tuple[str, int] | None  # whose data a physical block holds: (request,
 
 
 class DecodeEngine(NamedTuple):
-    """`stamp` gives generations and never repeats over incarnations. `deadlines`: of the first open of each attempt."""
+    """`stamp` gives generations and never repeats over incarnations. `deadlines`: of the first open of each attempt.
+
+    `elsewhere`: blocks that another part of a world that has come apart holds, see slices.py.
+    """
 
     incarnation: int
     stamp: int
@@ -129,8 +135,9 @@ class DecodeEngine(NamedTuple):
     running: tuple[Running, ...] = ()
     replies: tuple[tuple[AttemptKey, DecodeEvent], ...] = ()
     reported: tuple[AttemptKey, ...] = ()
-    admitted: tuple[LeaseKey, ...] = ()
+    admitted: tuple[tuple[AttemptKey, LeaseKey], ...] = ()
     deadlines: tuple[tuple[AttemptKey, float], ...] = ()
+    elsewhere: tuple[int, ...] = ()
 
 
 # ---- between a prefill and a decode worker

@@ -56,8 +56,10 @@ def must_locate(world: World, worker: int, action: Any) -> tuple[int, Any]:
 
 def send_message(world: World, worker: int, action: ev.SendMessage) -> None:
     slot, epoch = locate(world, worker, action)
-    if isinstance(action.message, Committed) and action.message.lease not in world.engine(worker).admitted:
-        raise Violation(f"I5: {action.message.lease} is acknowledged without having been admitted")
+    if isinstance(action.message, Committed):
+        admitted = [name for _, name in world.engine(worker).admitted]
+        if action.message.lease not in admitted:
+            raise Violation(f"I5: {action.message.lease} is acknowledged without having been admitted")
     if epoch is not None and epoch.side is Side.UP:
         world.tell_peer(slot, "message", epoch.number, action.message)
 
@@ -215,7 +217,7 @@ def admit(world: World, worker: int, action: ev.Admit) -> None:
             reserved=tuple(other for other in engine.reserved if other is not lease),
             running=tuple(sorted(running)),
             reported=tuple(sorted((*engine.reported, action.key))),
-            admitted=tuple(sorted((*engine.admitted, action.lease))),
+            admitted=tuple(sorted((*engine.admitted, (action.key, action.lease)))),
         ),
     )
 

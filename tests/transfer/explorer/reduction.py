@@ -7,8 +7,8 @@ from typing import Any
 from kv_transfer.events import AttemptKey
 from kv_transfer.messages import Abort, ChunksDone, Committed, Finish
 from tests.transfer.explorer.moves import Key, Move, Moves
-from tests.transfer.explorer.parts import CancelCommand, DecodeEngine, Side
-from tests.transfer.explorer.world import BUDGET, ENGINE, TO_PREFILL, Model
+from tests.transfer.explorer.parts import Budget, CancelCommand, DecodeEngine, Side
+from tests.transfer.explorer.world import BUDGET, ENGINE, TO_PREFILL
 
 
 class Reduction:
@@ -20,9 +20,12 @@ class Reduction:
         self.model = model
         self.enabled, self.fine = config.reduce, config.fine
         demand = sum(request.chunks for request in config.requests) * config.attempts
-        self.blocks_never_lack = demand <= config.decode_blocks and demand <= config.prefill_blocks
+        self._dead: dict[tuple[int, int], bool] = {}
+        self._halves = [
+            [(slot, slot if model.is_prefill(worker) else slot - 1) for slot in model.halves_of(worker)]
+            for worker in range(model.num_workers)
+        ]
         self.credits_never_lack = demand <= config.window
-        self.groups = self._group(model)
 
     def enough(self, key: Key, progress: list[Move], faults: list[Move]) -> list[Move]:
         everything = progress + faults
@@ -30,25 +33,17 @@ class Reduction:
             at_once = next((move for move in progress if move.step[0] == "sent"), None)
             if at_once is not None:
                 return [at_once]
-        if not self.enabled or not progress:
+        if not self.enabled:
             return everything
-        if not self.model.values[key[BUDGET]].left:
+        budget: Budget = self.model.values[key[BUDGET]]
+        if not budget.left and not budget.plan:
             harmless = next((move for move in progress if self._is_harmless(key, move)), None)
             if harmless is not None:
                 return [harmless]
-        if not self.blocks_never_lack:
-            return everything
-        group = min(self.groups[move.cluster] for move in progress)
-        return [move for move in everything if self.groups[move.cluster] == group]
-
-    def _group(self, model: Model) -> dict[int, int]:
-        """Links that one fault can hit together, because a worker that may be hit has both, belong together."""
-        config = model.config
-        groups = {model.pair_slot(*link): model.pair_slot(*link) for link in config.links}
-        for worker in filter(config.may_hit, range(model.num_workers)):
-            together = {groups[model.pair_slot(*link)] for link in config.links if worker in model.ends(*link)}
-            groups = {link: min(together) if group in together else group for link, group in groups.items()}
-        return groups
+        if budget.plan and self.model.comes_apart:
+            links = self.moves.slices.links_at(self.model.workers[budget.plan[0][1]])
+            return [move for move in everything if move.cluster in links]
+        return everything
 
     def _is_harmless(self, key: Key, move: Move) -> bool:
         """Taking it first loses nothing, once no fault can come any more: it commutes with all that may come before."""
@@ -64,7 +59,7 @@ class Reduction:
             if isinstance(what, Abort | Committed | Finish) and self.moves.is_idle(key, move):
                 return True
         worker = self._worker_of(name, where)
-        return worker is not None and self.blocks_never_lack and self._is_stranded(key, worker)
+        return worker is not None and self.model.blocks_never_lack and self._is_stranded(key, worker)
 
     def _head(self, key: Key, name: str, where: list[Any]) -> Any:
         """The message or command that the move delivers."""
@@ -80,13 +75,17 @@ class Reduction:
 
     def _is_stranded(self, key: Key, worker: int) -> bool:
         """No connection and none to come: everything at this worker has ended or is refused when it arrives."""
-        for slot in self.model.halves_of(worker):
-            prefill_half = slot if self.model.is_prefill(worker) else slot - 1
-            if self.model.values[key[prefill_half]].made < self.model.config.epochs:
-                return False
-            if any(epoch.side is Side.UP for epoch in self.model.values[key[slot]].epochs):
-                return False
-        return True
+        return all(self._is_dead(key[slot], key[dialling]) for slot, dialling in self._halves[worker])
+
+    def _is_dead(self, half: int, dialling: int) -> bool:
+        """Of a worker's half of a pair, and prefill's half, by their values' numbers."""
+        dead = self._dead.get((half, dialling))
+        if dead is None:
+            epochs = self.model.values[half].epochs
+            dead = not any(epoch.side is Side.UP for epoch in epochs)
+            dead = dead and self.model.values[dialling].made >= self.model.config.epochs
+            self._dead[(half, dialling)] = dead
+        return dead
 
     def _worker_of(self, name: str, where: list[Any]) -> int | None:
         """Where a progress move takes place, if at one worker."""

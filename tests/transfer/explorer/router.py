@@ -20,7 +20,7 @@ from tests.transfer.explorer.parts import (
     RouterRequest,
     Violation,
 )
-from tests.transfer.explorer.world import ROUTER, TO_DECODE, TO_PREFILL, World
+from tests.transfer.explorer.world import TO_DECODE, TO_PREFILL, World
 
 
 def active(request: RouterRequest) -> bool:
@@ -28,7 +28,7 @@ def active(request: RouterRequest) -> bool:
 
 
 def key_of(world: World, index: int) -> AttemptKey:
-    return AttemptKey(world.model.request_names[index], world.router.requests[index].attempt)
+    return AttemptKey(world.model.request_names[index], world.requests[index].attempt)
 
 
 def workers_of(world: World, index: int) -> tuple[int, int]:
@@ -38,20 +38,20 @@ def workers_of(world: World, index: int) -> tuple[int, int]:
 
 
 def put(world: World, index: int, request: RouterRequest) -> None:
-    requests = world.router.requests
-    world.values[ROUTER] = world.router._replace(requests=(*requests[:index], request, *requests[index + 1 :]))
+    world.values[world.model.request_slot(index)] = request
 
 
 def command(world: World, worker: int, what: Command) -> None:
     """Send it; a stream to a process that is gone swallows it."""
-    if world.router.attached[worker]:
-        role = TO_PREFILL if world.model.is_prefill(worker) else TO_DECODE
-        slot = world.model.inbox_slot(world.model.request_index[what.key.request_id], role)
+    index = world.model.request_index[what.key.request_id]
+    role = TO_PREFILL if world.model.is_prefill(worker) else TO_DECODE
+    if not world.requests[index].broken[role]:
+        slot = world.model.inbox_slot(index, role)
         world.values[slot] = (*world.values[slot], what)
 
 
 def open_request(world: World, index: int) -> None:
-    request = world.router.requests[index]
+    request = world.requests[index]
     put(world, index, request._replace(phase=Phase.OPENING, base=request.emitted))
     _, decode = workers_of(world, index)
     command(world, decode, OpenCommand(key_of(world, index), request.emitted))
@@ -60,15 +60,15 @@ def open_request(world: World, index: int) -> None:
 def _current(world: World, key: AttemptKey) -> int | None:
     """Index of the request if `key` is its attempt in progress: everything else is fenced off (I8)."""
     index = world.model.request_index[key.request_id]
-    request = world.router.requests[index]
+    request = world.requests[index]
     return index if active(request) and request.attempt == key.attempt else None
 
 
 def on_reserved(world: World, key: AttemptKey, lease: LeaseKey, first_block: int) -> None:
     index = _current(world, key)
-    if index is None or world.router.requests[index].phase is not Phase.OPENING:
+    if index is None or world.requests[index].phase is not Phase.OPENING:
         return
-    request = world.router.requests[index]
+    request = world.requests[index]
     put(world, index, request._replace(phase=Phase.PREFILLING))
     command(world, workers_of(world, index)[0], PrefillCommand(key, request.base, lease, first_block))
 
@@ -81,7 +81,7 @@ def on_failed(world: World, key: AttemptKey, worker: int) -> None:
 
 def abandon(world: World, index: int, informant: int | None, final: Phase) -> None:
     """Give the attempt up, tell whoever does not know, and try again unless `final` is the client's wish."""
-    request = world.router.requests[index]
+    request = world.requests[index]
     for worker in workers_of(world, index):
         if worker != informant:
             command(world, worker, CancelCommand(key_of(world, index)))
@@ -94,32 +94,30 @@ def on_token(world: World, key: AttemptKey, position: int) -> None:
     index = _current(world, key)
     if index is None:
         return
-    request = world.router.requests[index]
+    request = world.requests[index]
     if position != request.emitted:
         raise Violation(f"I8: {key} brings position {position} after {request.emitted} tokens")
     done = position + 1 == world.model.config.requests[index].tokens
     put(world, index, request._replace(emitted=position + 1, phase=Phase.OK if done else request.phase))
 
 
-def on_worker_lost(world: World, worker: int) -> None:
+def on_worker_lost(world: World, index: int, role: int) -> None:
     """The router notices that the stream broke, and attaches to the successor."""
-    attached = list(world.router.attached)
-    attached[worker] = True
-    world.values[ROUTER] = world.router._replace(attached=tuple(attached))
-    for index, request in enumerate(world.router.requests):
-        if active(request) and worker in workers_of(world, index):
-            abandon(world, index, worker, Phase.FAILED)
+    request = world.requests[index]
+    prefill, decode = request.broken
+    put(world, index, request._replace(broken=(False, decode) if role == TO_PREFILL else (prefill, False)))
+    if active(request):
+        abandon(world, index, workers_of(world, index)[role], Phase.FAILED)
 
 
 def on_crash(world: World, worker: int) -> None:
     """The stream breaks: what was on its way is gone, what is sent is swallowed until the router notices."""
-    attached = list(world.router.attached)
-    attached[worker] = False
-    world.values[ROUTER] = world.router._replace(attached=tuple(attached))
     role = TO_PREFILL if world.model.is_prefill(worker) else TO_DECODE
-    for index in range(len(world.router.requests)):
-        if worker in workers_of(world, index):
-            world.values[world.model.inbox_slot(index, role)] = ()
+    for index in world.model.requests_at(worker):
+        request = world.requests[index]
+        prefill, decode = request.broken
+        put(world, index, request._replace(broken=(True, decode) if role == TO_PREFILL else (prefill, True)))
+        world.values[world.model.inbox_slot(index, role)] = ()
 
 
 def hear(world: World, what: str, *details: Any) -> None:

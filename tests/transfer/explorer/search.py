@@ -15,10 +15,13 @@ from tests.transfer.explorer.config import Config
 from tests.transfer.explorer.endings import Endings
 from tests.transfer.explorer.moves import Key, Move, Moves
 from tests.transfer.explorer.parts import Violation
+from tests.transfer.explorer.plans import STRIKES, budgets
 from tests.transfer.explorer.reduction import Reduction
-from tests.transfer.explorer.symmetry import canonical, renamings
+from tests.transfer.explorer.symmetry import Symmetry
 from tests.transfer.explorer.trace import readable
 from tests.transfer.explorer.world import Model
+
+CLOCK_EVERY = 1024  # states between two looks at the clock, which may cost more than a state
 
 
 @dataclass(slots=True)
@@ -49,7 +52,7 @@ class Search:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.model = Model(config)
-        self.group = renamings(self.model)
+        self.symmetry = Symmetry(self.model)
         self.numbers: dict[bytes, int] = {}
         self.keys: list[bytes] = []
         self.parents = array("l")
@@ -73,10 +76,11 @@ class Search:
         return self.result
 
     def _visit(self, max_states: int, end: float) -> None:
-        self._add(canonical(self.model.initial().key(), self.group), -1)
+        for budget in budgets(self.model):
+            self._add_all(self.model.initial(budget).key(), -1)
         number = 0
         while number < len(self.keys):
-            if len(self.keys) > max_states or time.process_time() > end:
+            if len(self.keys) > max_states or (number % CLOCK_EVERY == 0 and time.process_time() > end):
                 return
             try:
                 self._expand(number)
@@ -88,6 +92,11 @@ class Search:
                 return
             number += 1
         self.result.exhausted = True
+
+    def _add_all(self, key: Key, parent: int) -> None:
+        """A world, or the parts that it comes apart into when a planned fault is over."""
+        for part in self.moves.slices.of(key) if self.model.comes_apart else [key]:
+            self._add(self.symmetry.canonical(part), parent)
 
     def _add(self, key: Key, parent: int) -> None:
         packed = array("I", key).tobytes()
@@ -111,7 +120,10 @@ class Search:
             after = self.moves.take(key, move)
         except Violation as violation:
             raise _StepViolation(move, violation) from violation
-        self._add(canonical(after, self.group), number)
+        if move.step[0] in STRIKES and self.model.comes_apart:
+            self._add_all(after, number)
+        else:
+            self._add(self.symmetry.canonical(after), number)
 
     def _report(self, number: int, move: Move | None, text: str) -> None:
         self.result.violation = text
@@ -119,7 +131,7 @@ class Search:
         while self.parents[path[-1]] >= 0:
             path.append(self.parents[path[-1]])
         keys = [unpack(self.keys[index]) for index in reversed(path)]
-        self.result.trace = readable(self.moves, self.group, keys, move)
+        self.result.trace = readable(self.moves, self.symmetry, keys, move)
 
 
 class _StepViolation(Exception):

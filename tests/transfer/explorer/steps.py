@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.transfer.explorer import fault_steps, link_steps, router, worker_steps
+from tests.transfer.explorer.plans import spend
 from tests.transfer.explorer.world import BUDGET, World
 
 Step = tuple[Any, ...]
@@ -24,6 +25,14 @@ def _spend(fault: Callable[..., None]) -> Callable[..., None]:
     return spent
 
 
+def _strike(fault: Callable[..., None]) -> Callable[..., None]:
+    def struck(world: World, worker: int) -> None:
+        world.values[BUDGET] = spend(world.model, world.budget, worker)
+        fault(world, worker)
+
+    return struck
+
+
 STEPS: dict[str, Callable[..., None]] = {
     "open": router.open_request,
     "router_lost": router.on_worker_lost,
@@ -40,8 +49,8 @@ STEPS: dict[str, Callable[..., None]] = {
     "notices": link_steps.notices,
     "destroyed": link_steps.destroyed,
     "time": fault_steps.tick,
-    "tick": _spend(fault_steps.tick),
-    "crash": _spend(fault_steps.crash),
+    "tick": _strike(fault_steps.tick),
+    "crash": _strike(fault_steps.crash),
     "suspect": _spend(link_steps.notices),
     "corrupt": _spend(fault_steps.corrupt),
     "refuse": _spend(fault_steps.refuse),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from itertools import permutations
 from typing import Any
 
 from kv_transfer.frozen_map import FrozenMap
-from tests.transfer.explorer.config import RequestSpec
-from tests.transfer.explorer.parts import DecodeEngine, PrefillEngine, Router
-from tests.transfer.explorer.world import BUDGET, PER_WORKER, ROUTER, Model, epoch_name
+from tests.transfer.explorer.parts import DecodeEngine, PrefillEngine
+from tests.transfer.explorer.world import BUDGET, NEVER, PER_WORKER, Model, epoch_name
 
 MAX_EPOCH = 12
 
@@ -27,11 +25,12 @@ class Renaming:
         self.names = {model.request_names[old]: model.request_names[new] for old, new in enumerate(self.requests)}
         self.names |= {model.names[old]: model.names[new] for old, new in enumerate(self.workers)}
         self.source = [0] * model.size  # slot of the renamed world <- slot of the world
-        self.source[BUDGET], self.source[ROUTER] = BUDGET, ROUTER
+        self.source[BUDGET] = BUDGET
         for old, new in enumerate(self.workers):
             for part in range(PER_WORKER):
                 self.source[model.slot(new, part)] = model.slot(old, part)
         for old, new in enumerate(requests):
+            self.source[model.request_slot(new)] = model.request_slot(old)
             for role in range(2):
                 self.source[model.inbox_slot(new, role)] = model.inbox_slot(old, role)
         for prefill, new_prefill in enumerate(prefills):
@@ -45,19 +44,27 @@ class Renaming:
                     self.names[old_name] = epoch_name(model, new_prefill, new_decode, number)
         self._known: dict[int, int] = {}
 
-    def apply(self, key: tuple[int, ...]) -> tuple[int, ...]:
-        known, renamed = self._known, []
-        for slot in self.source:
-            number = key[slot]
-            image = known.get(number)
+    def _image(self, number: int) -> int:
+        image = self._known.get(number)
+        if image is None:
+            image = self._known[number] = self.model.intern(self._component(self.model.values[number]))
+        return image
+
+    def is_smaller(self, key: tuple[int, ...], best: tuple[int, ...]) -> bool:
+        """Whether the renamed key comes before `best`: mostly decided by one of the first slots."""
+        known = self._known
+        for slot, other in zip(self.source, best, strict=True):
+            image = known.get(key[slot])
             if image is None:
-                image = known[number] = self.model.intern(self._component(self.model.values[number]))
-            renamed.append(image)
-        return tuple(renamed)
+                image = self._image(key[slot])
+            if image != other:
+                return image < other
+        return False
+
+    def apply(self, key: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple([self._image(key[slot]) for slot in self.source])
 
     def _component(self, value: Any) -> Any:
-        if isinstance(value, Router):
-            return self._router(value)
         renamed = self._rename(value)
         if isinstance(renamed, PrefillEngine):
             return renamed._replace(
@@ -71,19 +78,12 @@ class Renaming:
                 running=tuple(sorted(renamed.running)),
                 replies=tuple(sorted(renamed.replies, key=lambda reply: reply[0])),
                 reported=tuple(sorted(renamed.reported)),
+                admitted=tuple(sorted(renamed.admitted)),
                 deadlines=tuple(sorted(renamed.deadlines)),
             )
         if hasattr(renamed, "ended"):
             return replace(renamed, ended=tuple(sorted(renamed.ended)))
         return renamed
-
-    def _router(self, router: Router) -> Router:
-        requests, attached = list(router.requests), list(router.attached)
-        for old, new in enumerate(self.requests):
-            requests[new] = router.requests[old]
-        for old, new in enumerate(self.workers):
-            attached[new] = router.attached[old]
-        return Router(tuple(requests), tuple(attached))
 
     def _rename(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -100,32 +100,48 @@ class Renaming:
         raise TypeError(f"cannot rename {value!r}")
 
 
-def renamings(model: Model) -> list[Renaming]:
-    """All permutations but the identity."""
-    found = [Renaming(model, *maps) for maps in _automorphisms(model)]
-    return [renaming for renaming in found if any(new != old for old, new in renaming.names.items())]
+class Symmetry:
+    """All renamings that make one state of another. Owned by one search."""
 
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.group = self._find(frozenset(range(len(model.config.requests))))
+        self._links = [model.pair_slot(*link) for link in sorted(model.config.links)]
+        self._of_parts: dict[tuple[bool, ...], list[Renaming]] = {}
 
-def _automorphisms(model: Model) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    config = model.config
-    for prefills in permutations(range(config.prefills)):
-        for decodes in permutations(range(config.decodes)):
-            for requests in permutations(range(len(config.requests))):
-                moved: list[RequestSpec | None] = [None] * len(requests)
-                for old, new in enumerate(requests):
-                    spec = config.requests[old]
-                    moved[new] = replace(spec, prefill=prefills[spec.prefill], decode=decodes[spec.decode])
-                hit = (
-                    config.hit is None
-                    or {
-                        prefills[w] if w < config.prefills else config.prefills + decodes[w - config.prefills]
-                        for w in config.hit
-                    }
-                    == config.hit
-                )
-                if tuple(moved) == config.requests and hit:
-                    yield prefills, decodes, requests
+    def canonical(self, key: tuple[int, ...]) -> tuple[int, ...]:
+        """The smallest of a key's names."""
+        best = key
+        for renaming in self._group_of(key):
+            if renaming.is_smaller(key, best):
+                best = renaming.apply(key)
+        return best
 
+    def _group_of(self, key: tuple[int, ...]) -> list[Renaming]:
+        """A part of a world may look like another part, once which faults are planned and which not is over."""
+        values = self.model.values
+        if not self.model.comes_apart or values[key[BUDGET]].left:
+            return self.group
+        present = tuple([values[key[link]].made != NEVER for link in self._links])
+        if present not in self._of_parts:
+            here = {link for link, there in zip(self._links, present, strict=True) if there}
+            requests = enumerate(self.model.config.requests)
+            kept = (index for index, spec in requests if self.model.pair_slot(spec.prefill, spec.decode) in here)
+            self._of_parts[present] = self._find(frozenset(kept))
+        return self._of_parts[present]
 
-def canonical(key: tuple[int, ...], group: list[Renaming]) -> tuple[int, ...]:
-    return min([key, *(renaming.apply(key) for renaming in group)]) if group else key
+    def _find(self, kept: frozenset[int]) -> list[Renaming]:
+        """All but the identity that make of each request in `kept` one of the configuration."""
+        config, found = self.model.config, dict[tuple[tuple[int, ...], ...], Renaming]()
+        for prefills in permutations(range(config.prefills)):
+            for decodes in permutations(range(config.decodes)):
+                for requests in permutations(range(len(config.requests))):
+                    if all(self._fits(old, prefills, decodes, requests) for old in kept):
+                        acts = (prefills, decodes, tuple(requests[old] for old in sorted(kept)))
+                        found.setdefault(acts, Renaming(self.model, prefills, decodes, requests))
+        return list(found.values())[1:]
+
+    def _fits(self, old: int, prefills: tuple[int, ...], decodes: tuple[int, ...], requests: tuple[int, ...]) -> bool:
+        spec = self.model.config.requests[old]
+        moved = replace(spec, prefill=prefills[spec.prefill], decode=decodes[spec.decode])
+        return self.model.config.requests[requests[old]] == moved

@@ -7,16 +7,16 @@ from typing import Any
 from tests.transfer.explorer.moves import FAULTS, Key, Move, Moves
 from tests.transfer.explorer.parts import Violation
 from tests.transfer.explorer.steps import Step
-from tests.transfer.explorer.symmetry import Renaming, canonical
+from tests.transfer.explorer.symmetry import Symmetry
 from tests.transfer.explorer.world import Model, epoch_name
 
 
-def readable(moves: Moves, group: list[Renaming], path: list[Key], last: Move | None) -> list[str]:
-    """Replay canonical keys from the start under one set of names, and describe each step."""
-    key = moves.model.initial().key()
+def readable(moves: Moves, symmetry: Symmetry, path: list[Key], last: Move | None) -> list[str]:
+    """Replay canonical keys from the first under one set of names, and describe each step."""
+    key = path[0]
     lines = []
     for number, target in enumerate(path[1:], 1):
-        move, after = _move_to(moves, key, target, group)
+        move, after = _move_to(moves, key, target, symmetry)
         lines.append(f"{number:3}. {describe(moves.model, key, move.step)}")
         key = after
     if last is None:
@@ -30,14 +30,15 @@ def _all_moves(moves: Moves, key: Key) -> list[Move]:
     return progress + faults
 
 
-def _move_to(moves: Moves, key: Key, target: Key, group: list[Renaming]) -> tuple[Move, Key]:
+def _move_to(moves: Moves, key: Key, target: Key, symmetry: Symmetry) -> tuple[Move, Key]:
     for move in _all_moves(moves, key):
         try:
             after = moves.take(key, move)
         except Violation:
             continue
-        if canonical(after, group) == target:
-            return move, after
+        for part in moves.slices.of(after) if moves.model.comes_apart else [after]:
+            if symmetry.canonical(part) == target:
+                return move, part
     raise AssertionError("the trace cannot be replayed")
 
 

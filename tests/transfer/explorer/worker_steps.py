@@ -15,17 +15,18 @@ from tests.transfer.explorer.parts import (
     Running,
 )
 from tests.transfer.explorer.perform import feed
+from tests.transfer.explorer.plans import may_see_time
 from tests.transfer.explorer.segments import segment_of
 from tests.transfer.explorer.world import World
 
 
 def command(world: World, request: int, role: int) -> None:
-    """The oldest command about a request arrives at its prefill or decode worker."""
+    """The oldest command about a request arrives at its prefill or decode worker. No two deadlines fall due at once."""
     slot = world.model.inbox_slot(request, role)
     worker = router.workers_of(world, request)[role]
     command, *rest = world.values[slot]
     world.values[slot] = tuple(rest)
-    apart = len(world.engine(worker).deadlines) if "tick" in world.model.config.kinds else 0  # no two fall due at once
+    apart = len(world.engine(worker).deadlines) if may_see_time(world.model, world.budget, worker) else 0
     deadline = world.state(worker).now + DEADLINE_S + apart
     match command:
         case OpenCommand(key, base):

@@ -13,6 +13,7 @@ from kv_transfer import protocol
 from kv_transfer.events import AttemptKey, DecodeEvent, PeerConnected, PrefillEvent
 from kv_transfer.protocol import DecodeState, PrefillState
 from tests.transfer.explorer import checks
+from tests.transfer.explorer.company import check_company
 from tests.transfer.explorer.config import STALL_S, Config, RequestSpec
 from tests.transfer.explorer.parts import (
     Budget,
@@ -24,12 +25,12 @@ from tests.transfer.explorer.parts import (
     PrefillEpoch,
     PrefillHalf,
     RecvJob,
-    Router,
     RouterRequest,
 )
+from tests.transfer.explorer.plans import shared_workers
 
 State = PrefillState | DecodeState
-ROUTER, BUDGET, FIRST_WORKER = 0, 1, 2
+BUDGET, FIRST_WORKER = 0, 1
 PROTO, ENGINE, PER_WORKER = 0, 1, 2
 TO_PREFILL, TO_DECODE = 0, 1
 NEVER = 1000  # connections "made" of a pair that no request uses
@@ -43,7 +44,12 @@ class Model:
         self.num_workers = config.prefills + config.decodes
         self.first_pair = FIRST_WORKER + PER_WORKER * self.num_workers
         self.first_inbox = self.first_pair + 2 * config.prefills * config.decodes
-        self.size = self.first_inbox + 2 * len(config.requests)
+        self.first_request = self.first_inbox + 2 * len(config.requests)
+        self.size = self.first_request + len(config.requests)
+        demand = sum(request.chunks for request in config.requests) * config.attempts
+        self.blocks_never_lack = demand <= config.decode_blocks and demand <= config.prefill_blocks
+        self.comes_apart = config.reduce and self.blocks_never_lack and len(config.links) > 1
+        self.planned = shared_workers(config) if config.reduce else frozenset()  # whose crashes and time are planned
         self.names = [f"P{i}" for i in range(config.prefills)] + [f"D{j}" for j in range(config.decodes)]
         self.workers = {name: number for number, name in enumerate(self.names)}
         self.request_names = [f"r{i}" for i in range(len(config.requests))]
@@ -72,6 +78,16 @@ class Model:
         """Commands about one request on the stream to one of its workers. Requests do not overtake themselves."""
         return self.first_inbox + 2 * request + role
 
+    def request_slot(self, request: int) -> int:
+        """The router's view of a request."""
+        return self.first_request + request
+
+    def requests_at(self, worker: int) -> list[int]:
+        """The requests that use a worker."""
+        return [
+            index for index, spec in enumerate(self.config.requests) if worker in self.ends(spec.prefill, spec.decode)
+        ]
+
     def halves_of(self, worker: int) -> tuple[int, ...]:
         """Slots of a worker's halves of all its pairs."""
         if self.is_prefill(worker):
@@ -99,6 +115,7 @@ class Model:
         if known is None:
             stepper: Any = protocol.prefill_step if self.is_prefill(worker) else protocol.decode_step
             state, actions = stepper(self.values[number], event)
+            check_company(stepper, self.values[number], event, state, actions)
             known = self._steps[(number, event)] = (
                 self.intern(replace(state, ended=tuple(sorted(state.ended)))),
                 actions,
@@ -116,16 +133,17 @@ class Model:
         blocks = self.config.decode_blocks
         return DecodeEngine(incarnation, 100 * incarnation, tuple(range(blocks)), (None,) * blocks)
 
-    def initial(self) -> World:
+    def initial(self, budget: Budget) -> World:
         """Every pair connected, every request waiting at the router."""
         values: list[Any] = [None] * self.size
-        values[ROUTER] = Router((RouterRequest(),) * len(self.config.requests), (True,) * self.num_workers)
-        values[BUDGET] = Budget(self.config.faults)
+        values[BUDGET] = budget
         for worker in range(self.num_workers):
             values[self.slot(worker, PROTO)] = self.fresh_protocol(worker)
             values[self.slot(worker, ENGINE)] = self.fresh_engine(worker, 0)
-        for slot in range(self.first_inbox, self.size):
+        for slot in range(self.first_inbox, self.first_request):
             values[slot] = ()
+        for slot in range(self.first_request, self.size):
+            values[slot] = RouterRequest()
         for prefill in range(self.config.prefills):
             for decode in range(self.config.decodes):
                 linked = (prefill, decode) in self.config.links
@@ -188,8 +206,8 @@ class World:
         )
 
     @property
-    def router(self) -> Router:
-        return self.values[ROUTER]  # type: ignore[no-any-return]
+    def requests(self) -> list[RouterRequest]:
+        return self.values[self.model.first_request :]
 
     @property
     def budget(self) -> Budget:

@@ -1,0 +1,79 @@
+"""Checks that the protocol keeps connections apart: every step is repeated in the company of a stranger's connection.
+
+The stranger's link is busy or dying, and it uses the same sequence numbers, slots and, at prefill, names of leases. The
+step must do the same as without it and leave it as it is. With that, worlds may come apart (slices.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from kv_transfer.decode_state import DecodeState, Lease, LeasePhase, RecvFlight, RecvLink, RecvStage
+from kv_transfer.events import AttemptKey
+from kv_transfer.messages import Chunk, LeaseKey, Segment
+from kv_transfer.prefill_state import Attempt, Flight, Link, Phase, PrefillState, Queued, Stage
+from kv_transfer.slots import SlotPool
+from tests.transfer.explorer.checks import require
+
+STRANGER = "P9"
+FAR = 1e9  # no deadline of the stranger ever falls due
+NUMBER = 9000  # of its leases at decode, where the worker itself numbers them
+SEGMENT = Segment(0, 1, 0, 1)
+
+State = PrefillState | DecodeState
+Step = Callable[[Any, Any], tuple[Any, tuple[Any, ...]]]
+
+
+def check_company(step: Step, state: State, event: Any, after: State, actions: tuple[Any, ...]) -> None:
+    for join in companies(state):
+        joined, said = step(join(state), event)
+        require(joined == join(after), f"{type(event).__name__} touches another link")
+        require(said == actions, f"{type(event).__name__} depends on another link")
+
+
+def companies(state: State) -> Iterator[Callable[[Any], Any]]:
+    """Ways of adding a stranger's connection, the same to a state and to its successor."""
+    if isinstance(state, PrefillState):
+        names = [attempt.lease for attempt in state.attempts.values()] or [LeaseKey(1, 1)]
+        yield lambda other: _with_prefill(other, BUSY_SENDER, names, Phase.STREAMING)
+        yield lambda other: _with_prefill(other, DYING_SENDER, names, Phase.DRAINING)
+    else:
+        yield lambda other: _with_decode(other, BUSY_RECEIVER, LeasePhase.RESERVED)
+        yield lambda other: _with_decode(other, DYING_RECEIVER, LeasePhase.DRAINING)
+
+
+def _key(number: int) -> AttemptKey:
+    return AttemptKey("stranger", number)
+
+
+def _with_prefill(state: PrefillState, link: Link, names: list[LeaseKey], phase: Phase) -> PrefillState:
+    attempts = state.attempts
+    for number, name in enumerate(names):
+        attempts = attempts.set(_key(number), Attempt(_key(number), STRANGER, name, FAR, phase))
+    return replace(state, links=state.links.set(STRANGER, link), attempts=attempts)
+
+
+def _with_decode(state: DecodeState, link: RecvLink, phase: LeasePhase) -> DecodeState:
+    lease = Lease(NUMBER, _key(0), STRANGER, 1, FAR, phase, generation=1, num_blocks=1)
+    return replace(state, links=state.links.set(STRANGER, link), leases=state.leases.set(NUMBER, lease))
+
+
+def _sender() -> Link:
+    queued = Queued(_key(0), LeaseKey(1, 1), SEGMENT, 1)
+    flights = (Flight(0, 0, Stage.SENDING, queued), Flight(1, 1, Stage.PACKING, queued))
+    return Link("P9#1", SlotPool(window=2), next_seq=2, queue=(queued,), flights=flights, stall_at=FAR)
+
+
+def _receiver() -> RecvLink:
+    chunks = [Chunk(number, LeaseKey(NUMBER, 1), SEGMENT, 1, ()) for number in range(2)]
+    flights = (RecvFlight(chunks[0], 0, RecvStage.UNPACKING), RecvFlight(chunks[1], 1, RecvStage.RECEIVING))
+    return RecvLink("P9#1", SlotPool(window=2), flights=flights, stall_at=FAR)
+
+
+BUSY_SENDER, BUSY_RECEIVER = _sender(), _receiver()
+NO_SLOTS: SlotPool[AttemptKey] = SlotPool()
+NO_SLOTS_AT_DECODE: SlotPool[int] = SlotPool()
+DYING_SENDER = Link(slots=NO_SLOTS.lose_epoch("P9#1", (0, 1), (_key(0),)))
+DYING_RECEIVER = RecvLink(slots=NO_SLOTS_AT_DECODE.lose_epoch("P9#1", (0, 1), (NUMBER,)))
