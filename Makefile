@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PART := .ci/part
 
-.PHONY: demo test protos clean lint types imports protos-fresh unit kernels transfer sampling explorer explorer-standard cluster chaos
+.PHONY: demo test protos clean lint types imports protos-fresh unit kernels transfer sampling explorer explorer-deep cluster chaos clients
 
 demo: .venv/.runtime
 	$(BIN)/baton demo
@@ -12,7 +12,7 @@ demo: .venv/.runtime
 test: .venv/.dev
 	@$(PART) --begin
 	@$(MAKE) --no-print-directory -j2 --output-sync=target explorer unit kernels types transfer sampling lint imports protos-fresh
-	@$(MAKE) --no-print-directory cluster chaos
+	@$(MAKE) --no-print-directory cluster chaos clients
 	@$(PART) --summary
 
 .venv/bin/python:
@@ -53,7 +53,7 @@ sampling: .venv/.dev
 	@$(PART) sampling 60 $(BIN)/pytest -q tests/sampling
 
 explorer: .venv/.dev
-	@$(PART) explorer 300 $(BIN)/pytest -q -s -m 'not slow' tests/transfer/test_mutants.py tests/transfer/test_explorer.py
+	@$(PART) explorer 300 $(BIN)/pytest -q -s -m 'not slow' tests/transfer/test_explorer.py tests/transfer/test_explorer_reduction.py tests/transfer/test_mutants.py
 
 cluster: .venv/.dev
 	@$(PART) cluster 240 $(BIN)/pytest -q tests/cluster
@@ -61,12 +61,21 @@ cluster: .venv/.dev
 chaos: .venv/.dev
 	@$(PART) chaos 180 $(BIN)/pytest -q tests/chaos
 
-# Larger worlds of the hand-over protocol than `explorer` walks: up to five minutes of one core each.
-explorer-standard: .venv/.dev
-	$(BIN)/python -m tests.transfer.explorer
+# Clients whose requirements exclude the server's live in an environment of their own (1.2 GB, most of it lm-eval's).
+.venv-clients/.installed: .venv/bin/python tests/clients/requirements.txt
+	$(BIN)/python -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q -r tests/clients/requirements.txt
+	@touch $@
+
+clients: .venv/.dev .venv-clients/.installed
+	@$(PART) clients 150 $(BIN)/pytest -q tests/clients
+
+# Also the worlds of the hand-over protocol that are too long for `explorer`.
+explorer-deep: .venv/.dev
+	$(BIN)/python -m tests.transfer.explorer --deep
 
 protos: .venv/.dev
 	$(BIN)/python protos/generate.py
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-clients build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

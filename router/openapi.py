@@ -19,6 +19,12 @@ _REASONS = {
     503: "No worker can take the request",
     504: "The request's deadline passed",
 }
+_EVENT = {
+    "type": "object",
+    "description": "One event; the last one's data is [DONE], that of all others JSON",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
 _OF_BODIES = (400, 413, 429, 503)
 _OF_GENERATION = (*_OF_BODIES, 404, 504)
 
@@ -31,7 +37,7 @@ class Document:
 
     def generation(self, body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
         """Arguments of a route that answers whole or as a stream of events."""
-        content = {**self._json(answer), "text/event-stream": {"schema": {"type": "string"}}}
+        content = {**self._json(answer), "text/event-stream": {"schema": _EVENT}}
         return self._route(content, "The whole answer, or with `stream` its chunks", _OF_GENERATION, [body])
 
     def post(self, answer: type[BaseModel], *bodies: type[BaseModel]) -> dict[str, Any]:
