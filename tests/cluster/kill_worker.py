@@ -1,7 +1,8 @@
 """A worker in a process of its own, on one GPU or none, that may kill itself (`tests.cluster.deaths`).
 
-`python -m tests.cluster.kill_worker ROLE CONFIG_JSON DEATH`: says "worker_id address" once it serves; "memory" on its
-standard input is answered with the free bytes of its GPU, the input's end with its health, and exit.
+`python -m tests.cluster.kill_worker ROLE CONFIG_JSON DEATH`: once all is imported it waits for a line, then serves and
+says "worker_id address". "memory" on its standard input is answered with the free bytes of its GPU, the input's end
+with its health, and exit. Before the first line it touches no GPU.
 """
 
 from __future__ import annotations
@@ -57,8 +58,13 @@ class KillWorker:
         )
         worker = cls(role, death, process)
         worker._reader = asyncio.create_task(worker._read())
-        worker.worker_id, worker.address = (await worker._line(START_S)).split()
         return worker
+
+    async def serve(self) -> None:
+        """Let it begin, and wait until it serves."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"serve\n")
+        self.worker_id, self.address = (await self._line(START_S)).split()
 
     async def died(self, timeout_s: float) -> None:
         """Wait for its death, which must be the planned one."""
@@ -115,6 +121,8 @@ async def main(role: str, config: BatonConfig, death: str) -> None:
     torch.set_num_threads(1)
     sys.setswitchinterval(0.0005)
     injector = arm(death)
+    if not await asyncio.to_thread(sys.stdin.readline):
+        return
 
     def half(context: WorkerContext) -> Half:
         [factory] = HALVES[role]

@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import httpx
@@ -21,6 +21,7 @@ from baton.chaos.watch import BlockWatch, until_at_rest
 from baton.common.config import BatonConfig, FaultSettings
 from router.registry import Member
 from router.server import Router
+from tests.cluster.deaths import NEVER
 from tests.cluster.kill_worker import KillWorker
 
 STEADY, BURST = 3, 8
@@ -55,10 +56,10 @@ class KillRun:
     """The survivors, the router and all that clients saw. `moved`: streams that were resubmitted."""
 
     config: BatonConfig
-    gpus: Sequence[str]
     router: Router
     prefill: KillWorker
     decode: KillWorker
+    victims: list[KillWorker]
     client: Client
     cluster: TargetCluster
     http: httpx.AsyncClient
@@ -164,31 +165,31 @@ class KillRun:
 
 
 @asynccontextmanager
-async def kill_run(config: BatonConfig, gpus: Sequence[str]) -> AsyncIterator[KillRun]:
-    """Survivors up and attached. Without GPUs they run on the CPU."""
-    workers = await asyncio.gather(*(start(Victim(role, "never"), config, gpus) for role in ("prefill", "decode")))
-    prefill, decode = workers
-    router = Router(config)
-    await router.start()
-    url = f"http://127.0.0.1:{router.http_port}"
-    cluster = TargetCluster(url, "", _cannot_inject)
-    http = httpx.AsyncClient(base_url=url, timeout=20.0)
-    run = KillRun(config, gpus, router, prefill, decode, Client(url, config.model_name, END_S), cluster, http)
-    run._set_members()
-    try:
+async def kill_run(config: BatonConfig, gpus: Sequence[str], victims: Sequence[Victim]) -> AsyncIterator[KillRun]:
+    """Survivors up and attached, victims waiting for their `serve`. Without GPUs all run on the CPU."""
+    async with AsyncExitStack() as stack:
+        roles = [Victim("prefill", NEVER), Victim("decode", NEVER), *victims]
+        prefill, decode, *others = await asyncio.gather(*(_start(role, config, gpus, stack) for role in roles))
+        await asyncio.gather(prefill.serve(), decode.serve())
+        router = Router(config)
+        await router.start()
+        stack.push_async_callback(router.stop)
+        url = f"http://127.0.0.1:{router.http_port}"
+        cluster = TargetCluster(url, "", _cannot_inject)
+        client, http = Client(url, config.model_name, END_S), httpx.AsyncClient(base_url=url, timeout=20.0)
+        for closable in (client.close, cluster.close, http.aclose):
+            stack.push_async_callback(closable)
+        run = KillRun(config, router, prefill, decode, others, client, cluster, http)
+        run._set_members()
         yield run
-    finally:
-        await run.client.close()
-        await cluster.close()
-        await http.aclose()
-        await router.stop()
-        await asyncio.gather(*(worker.kill() for worker in workers))
 
 
-async def start(victim: Victim, config: BatonConfig, gpus: Sequence[str]) -> KillWorker:
+async def _start(victim: Victim, config: BatonConfig, gpus: Sequence[str], stack: AsyncExitStack) -> KillWorker:
     """Prefill workers on the first GPU, decode workers on the second if there is one."""
     gpu = gpus[GPU_OF[victim.role] % len(gpus)] if gpus else None
-    return await KillWorker.start(victim.role, config, victim.death, gpu)
+    worker = await KillWorker.start(victim.role, config, victim.death, gpu)
+    stack.push_async_callback(worker.kill)
+    return worker
 
 
 async def _cannot_inject(settings: FaultSettings) -> None:

@@ -17,7 +17,7 @@ from baton.chaos.load import Stream
 from baton.common.config import BatonConfig
 from benchmarks.transfer.children import gpus
 from tests.cluster.deaths import DEATHS
-from tests.cluster.kills import KillRun, Outcome, Victim, kill_run, start
+from tests.cluster.kills import KillRun, Outcome, Victim, kill_run
 from tests.support.oracle import GreedyOracle
 from tests.support.tiny_model import make_tiny_llama
 
@@ -66,7 +66,7 @@ async def test_survivors_of_every_kill_serve_on(tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 6} if ON_GPUS else {}
     model = make_tiny_llama(tmp_path / "tiny", **shape)
     async with AsyncExitStack() as stack:
-        starting = [stack.enter_async_context(kill_run(config(model, dtype), GPUS)) for dtype in DTYPES]
+        starting = [stack.enter_async_context(kill_run(config(model, dtype), GPUS, VICTIMS)) for dtype in DTYPES]
         runs = await asyncio.gather(*starting)
         await asyncio.gather(*(run.warm_up() for run in runs))
         before = await runs[0].memory()
@@ -86,12 +86,9 @@ async def test_survivors_of_every_kill_serve_on(tmp_path: Path) -> None:
 
 
 async def kill_all(run: KillRun) -> list[Outcome]:
-    """All victims are started together, which takes most of the time, and die one after the other."""
-    workers = await asyncio.gather(*(start(victim, run.config, run.gpus) for victim in VICTIMS))
-    try:
-        outcomes = [told(await run.kill(worker), run.config.engine.dtype) for worker in workers]
-    finally:
-        await asyncio.gather(*(worker.kill() for worker in workers))
+    """One after the other."""
+    await asyncio.gather(*(victim.serve() for victim in run.victims))
+    outcomes = [told(await run.kill(victim), run.config.engine.dtype) for victim in run.victims]
     assert sum(outcome.num_moved for outcome in outcomes) > 0, "no stream had to move: the kills missed"
     assert not [stream.error for stream in run.streams if stream.error]
     return outcomes
@@ -142,5 +139,5 @@ async def check_tokens(run: KillRun, model: Path, dtype: str) -> None:
 
 
 async def num_different(run: KillRun, streams: list[Stream]) -> int:
-    again = [await run.again(stream) for stream in streams]
+    again = await asyncio.gather(*(run.again(stream) for stream in streams))
     return sum(first.token_ids != second.token_ids for first, second in zip(streams, again, strict=True))
