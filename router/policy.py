@@ -7,7 +7,7 @@ worker prefills is decided by the predicted time to the first token.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from baton.common.config import PathPolicy
@@ -151,15 +151,24 @@ def _best_pair(
 
 
 def _reference(workers: Iterable[WorkerSnapshot]) -> StepTimes | None:
-    """What is assumed of a worker that has not measured itself yet: the first one that has. All run one model."""
-    measured = (worker for worker in workers if worker.step is not None)
-    first = min(measured, key=lambda worker: worker.worker_id, default=None)
-    return first.step if first else None
+    """What is assumed of a worker that has not measured itself yet, or not with prompts: all run one model."""
+    measured = [
+        (not worker.step.per_prefill_token_s, worker.worker_id, worker.step) for worker in workers if worker.step
+    ]
+    return min(measured, key=lambda entry: entry[:2])[2] if measured else None
+
+
+def _step_times(worker: WorkerSnapshot, reference: StepTimes | None) -> StepTimes | None:
+    """A worker that only decodes has no cost of a prompt's token: that is not 0, but another worker's."""
+    step = worker.step or reference
+    if step is None or reference is None or step.per_prefill_token_s:
+        return step
+    return replace(step, per_prefill_token_s=reference.per_prefill_token_s)
 
 
 def _first_token_s(worker: WorkerSnapshot, num_tokens: int, reference: StepTimes | None) -> float | None:
     """Seconds until `worker` has computed what it has queued and `num_tokens` more."""
-    step = worker.step or reference
+    step = _step_times(worker, reference)
     if step is None:
         return None
     tokens = worker.queued_prefill_tokens + num_tokens
@@ -172,7 +181,7 @@ def _remote_first_token_s(
 ) -> float | None:
     """A reservation is answered between two steps of the decode worker, so a loaded one adds a step."""
     prefill_s = _first_token_s(prefill, num_tokens, reference)
-    step = decode.step or reference
+    step = _step_times(decode, reference)
     if prefill_s is None or step is None:
         return None
     return prefill_s + (_decode_step_s(decode, step) if decode.num_requests else 0.0)

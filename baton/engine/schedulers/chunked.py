@@ -11,6 +11,8 @@ from baton.engine.batch import PrefillSegment, ScheduledStep
 from baton.engine.block_pool import BlockPool, Use
 from baton.engine.request import Phase, Request
 
+FULL_STEP_TOKENS = 2048  # of prefill: about where a GPU's matrix products reach their full rate
+
 
 class ChunkedScheduler:
     """First come, first served. A waiting request starts only when its worst case fits beside everybody else's, so no
@@ -80,12 +82,22 @@ class ChunkedScheduler:
             budget -= segments[-1].num_tokens
         while budget and self._waiting:
             request = next(iter(self._waiting.values()))
+            if segments and not self._may_share(segments, request):
+                break
             if not self._start(request):
                 self._is_blocked = True
                 break
             segments.append(self._next_chunk(request, budget))
             budget -= segments[-1].num_tokens
         return tuple(segments)
+
+    @staticmethod
+    def _may_share(segments: list[PrefillSegment], request: Request) -> bool:
+        """A larger step computes no more tokens a second, and whoever shares it waits for all of it. For one that
+        decodes elsewhere nothing is gained by that: it waits for a step of its own, and the one before is sooner done.
+        """
+        num_tokens = sum(segment.num_tokens for segment in segments) + request.num_prompt_tokens
+        return not request.hand_over or num_tokens <= FULL_STEP_TOKENS
 
     def _next_chunk(self, request: Request, budget: int) -> PrefillSegment:
         start = request.num_computed_tokens

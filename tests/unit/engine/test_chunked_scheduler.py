@@ -55,6 +55,28 @@ def test_prompts_share_the_budget_in_order() -> None:
     assert chunks(step) == [("c", 3, 5)]
 
 
+def test_a_long_hand_over_has_its_steps_to_itself() -> None:
+    """Two at once would both end late; short ones share a step that is not full, and what decodes here always may."""
+    scheduler, pool = make(num_blocks=2000, budget=8192)
+    for name, length in (("long", 4096), ("too long", 2000), ("a", 40), ("b", 8), ("c", 1)):
+        scheduler.add(a_request(name, length, hand_over=True))
+    scheduler.add(a_request("here", 3000))
+    for expected in (["long"], ["too long", "a", "b"], ["c", "here"]):
+        step = scheduler.schedule()
+        assert [name for name, _, _ in chunks(step)] == expected
+        finish_step(step, scheduler, pool)
+
+
+def test_a_hand_over_does_not_delay_the_end_of_the_one_before() -> None:
+    scheduler, pool = make(num_blocks=2000, budget=4096)
+    scheduler.add(a_request("first", 4100, hand_over=True))
+    scheduler.add(a_request("second", 4096, hand_over=True))
+    for expected in ([("first", 0, 4096)], [("first", 4096, 4100)], [("second", 0, 4096)]):
+        step = scheduler.schedule()
+        assert chunks(step) == expected
+        finish_step(step, scheduler, pool)
+
+
 def test_the_worst_case_must_fit() -> None:
     scheduler, pool = make(num_blocks=4)
     scheduler.add(a_request("a", 16, max_tokens=32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,3 +153,13 @@ def test_requests_spread_over_decode_workers() -> None:
     choice = decide("local", RequestFacts(10, 1), cluster, 0.5)
     assert isinstance(choice, Decision)
     assert choice.worker == "d1"
+
+
+def test_a_worker_that_never_saw_a_prompt_is_not_thought_to_compute_one_for_nothing() -> None:
+    """Otherwise a decode worker of a disaggregated cluster would look like the fastest place for every prompt."""
+    decode = worker("d", step=StepTimes(0.005, 0.0, 0.0001), num_requests=8)
+    prefill = worker("p", can_decode=False, step=StepTimes(0.001, 0.00002, 0.0))
+    choice = decide("auto", RequestFacts(900, 16), Cluster([decode, prefill], frozenset({("p", "d")})), 0.5)
+    assert isinstance(choice, Decision)
+    assert choice.path == "remote"
+    assert choice.predicted.local_s == pytest.approx(2 * (0.005 + 8 * 0.0001) + 900 * 0.00002)
