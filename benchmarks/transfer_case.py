@@ -39,9 +39,9 @@ class Options:
             return torch.device("cpu")
         return torch.device("cuda", rank % torch.cuda.device_count())
 
-    def visible_devices(self, rank: int, visible: str | None) -> str:
-        """CUDA_VISIBLE_DEVICES for `rank`, given that of the parent; as Ray sets it for workers."""
-        names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    def visible_device(self, rank: int, visible: str) -> str:
+        """CUDA_VISIBLE_DEVICES for `rank`, given that of both; as Ray sets it for workers."""
+        names = visible.split(",")
         return names[rank % len(names)]
 
     def segment(self, seq: int) -> Segment:

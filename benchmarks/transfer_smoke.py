@@ -23,6 +23,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
+from baton.worker.actor_base import SWITCH_INTERVAL_S
 from benchmarks.transfer_case import NUM_BLOCKS, Options, source_cache
 from kv_transfer.connection import DECODE_RANK, PREFILL_RANK, connect, nccl_environment
 from kv_transfer.events import AttemptKey, Pack, Packed, PeerLost, Received, StartRecv, StartSend, Unpack, Unpacked
@@ -198,11 +199,14 @@ class DecodeEnd:
         return len(pairs)
 
     def kill_peer(self) -> tuple[float, float]:
-        """SIGKILL with a receive posted; seconds until PeerLost, and seconds that close() took."""
+        """SIGKILL with a receive posted; seconds until PeerLost, and seconds that close() took.
+
+        What the peer had launched before may still arrive, so one more receive is posted than it had credits.
+        """
         self.peer.kill()
         killed = time.monotonic()
-        next_seq = 1 << 40
-        self.link.start_recv(StartRecv("p", "e", next_seq, 0, self.options.chunk_bytes))
+        for number in range(self.options.window + 1):
+            self.link.start_recv(StartRecv("p", "e", (1 << 40) + number, 0, self.options.chunk_bytes))
         while not isinstance(self.inbox.get(timeout=WAIT_S), PeerLost):
             pass
         lost = time.monotonic()
@@ -218,10 +222,11 @@ class DecodeEnd:
 def prepare(options: Options, rank: int) -> None:
     """Before this process touches a GPU: what workers have in their environment."""
     torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     if options.device == "cuda":
         os.environ.update(nccl_environment())
         if not options.shared_view:
-            os.environ["CUDA_VISIBLE_DEVICES"] = options.visible_devices(rank, os.environ.get(ALL_DEVICES))
+            os.environ["CUDA_VISIBLE_DEVICES"] = options.visible_device(rank, os.environ[ALL_DEVICES])
 
 
 def note(what: str) -> None:
@@ -236,7 +241,9 @@ def on_device(options: Options, rank: int) -> torch.cuda.device:
 
 def run(options: Options) -> dict[str, object]:
     """The whole smoke; raises on the first thing that is wrong. GB are 1e9 bytes."""
-    os.environ.setdefault(ALL_DEVICES, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    if options.device == "cuda":
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        os.environ.setdefault(ALL_DEVICES, seen)
     prepare(options, DECODE_RANK)
     if NUM_BLOCKS % options.blocks_per_chunk or options.chunk_bytes % options.layout.block_bytes:
         raise SystemExit(f"a chunk must be 1, 2, 4, ... {NUM_BLOCKS} blocks of {options.layout.block_bytes} bytes")
