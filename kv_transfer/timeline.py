@@ -11,9 +11,8 @@ import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 BOUNDS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 REMEMBERED = 4096
@@ -44,7 +43,8 @@ class Histogram:
         return Histogram(self.bounds, list(self.counts), self.total)
 
 
-class ChunkTimes(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ChunkTimes:
     """One chunk. `written_at`: its KV was computed, None where that is not known on this clock.
 
     `announced_at`: its Chunk was read. `posted_at`: its receive was launched. `received_at`, `verified_at`: the decode
@@ -138,14 +138,14 @@ class Timeline:
         with self._lock:
             chunk = self._open.get((epoch, seq))
             if chunk is not None:
-                self._open[epoch, seq] = chunk._replace(posted_at=now)
+                self._open[epoch, seq] = replace(chunk, posted_at=now)
                 self._receive_posted.add(now - chunk.announced_at)
 
     def received(self, epoch: str, seq: int, now: float) -> None:
         with self._lock:
             chunk = self._open.get((epoch, seq))
             if chunk is not None:
-                self._open[epoch, seq] = chunk._replace(received_at=now)
+                self._open[epoch, seq] = replace(chunk, received_at=now)
                 self._num_bytes += chunk.num_bytes
                 self._num_chunks += 1
 
@@ -153,7 +153,7 @@ class Timeline:
         with self._lock:
             chunk = self._open.pop((epoch, seq), None)
             if chunk is not None:
-                self._chunks.append(chunk._replace(verified_at=now))
+                self._chunks.append(replace(chunk, verified_at=now))
                 if chunk.lease in self._leases:
                     self._leases[chunk.lease].verified_at = now
 

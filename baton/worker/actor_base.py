@@ -12,13 +12,9 @@ from baton.engine.build import build_engine
 from baton.worker.half import HalfFactory
 from baton.worker.shell import WorkerShell
 
-# The engine thread computes in Python between launches. Threads that move KV or answer peers, which want the
-# interpreter for microseconds, would wait for it up to this long at every turn; CPython's default is 5 ms.
-SWITCH_INTERVAL_S = 0.0005
-
-# The engine thread must not wait for long for the interpreter's lock while the event loop or a transfer thread has it:
-# Python's own 5 ms are a whole decode step.
-_SWITCH_INTERVAL_S = 0.0005
+# A thread that wants the interpreter's lock waits up to this long while another computes. A chunk of KV changes threads
+# half a dozen times at either end, and each turn was seen to take the whole interval; CPython's default is 5 ms.
+SWITCH_INTERVAL_S = 0.0001
 
 
 class WorkerActor:
@@ -40,7 +36,6 @@ class WorkerActor:
             if self._shell is None:
                 sys.setswitchinterval(SWITCH_INTERVAL_S)
                 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-                sys.setswitchinterval(_SWITCH_INTERVAL_S)
                 config = BatonConfig.model_validate_json(config_json)
                 host = config.cluster.worker_host or default_host
                 shell = WorkerShell(config, self._role, host, build_engine, self._halves)

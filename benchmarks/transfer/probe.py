@@ -22,6 +22,8 @@ from baton.common.clock import Clock
 from baton.common.config import BatonConfig, EngineConfig, TransferConfig
 from baton.engine.build import build_engine
 from baton.engine.ports import Ports
+from baton.worker.actor_base import SWITCH_INTERVAL_S
+from baton.worker.actor_base import SWITCH_INTERVAL_S
 from baton.worker.half import Half, HalfFactory, WorkerContext
 from baton.worker.shell import WorkerShell, resolve_device
 from benchmarks.transfer.observe import DeviceClock, ObservedEngine, ObservedPorts, WorkerLog
@@ -36,7 +38,6 @@ from prefill_worker.handover import PrefillHalf
 HALVES: dict[str, HalfFactory] = {"prefill": PrefillHalf, "decode": DecodeHalf}
 RANKS = {"decode": 0, "prefill": 1}
 _STORE_TIMEOUT_S = 20.0
-_SWITCH_INTERVAL_S = 0.0005  # as worker actors set it
 
 
 class Probe:
@@ -217,7 +218,7 @@ async def main(role: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     torch.set_num_threads(1)
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     probe = Probe(role)
     while line := await asyncio.to_thread(sys.stdin.readline):
         answers.write(json.dumps(await answer(probe, line)) + "\n")
