@@ -23,7 +23,6 @@ from baton.common.config import BatonConfig, EngineConfig, TransferConfig
 from baton.engine.build import build_engine
 from baton.engine.ports import Ports
 from baton.worker.actor_base import SWITCH_INTERVAL_S
-from baton.worker.actor_base import SWITCH_INTERVAL_S
 from baton.worker.half import Half, HalfFactory, WorkerContext
 from baton.worker.shell import WorkerShell, resolve_device
 from benchmarks.transfer.observe import DeviceClock, ObservedEngine, ObservedPorts, WorkerLog
