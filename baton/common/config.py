@@ -99,7 +99,10 @@ class TransferConfig(_Section):
 
 
 class RouterConfig(_Section):
-    """Dispatch, admission and liveness. Times in seconds."""
+    """Dispatch, admission and liveness. Times in seconds.
+
+    A silent worker is given up after `heartbeat_timeout_s`, noticed at most one `heartbeat_interval_s` later.
+    """
 
     policy: PathPolicy = "auto"
     max_concurrent: int = Field(256, ge=1)
@@ -107,7 +110,7 @@ class RouterConfig(_Section):
     max_attempts: int = Field(3, ge=1)
     prefill_queue_s: float = Field(0.5, gt=0)
     heartbeat_interval_s: float = Field(0.25, gt=0)
-    heartbeat_timeout_s: float = Field(2.0, gt=0)
+    heartbeat_timeout_s: float = Field(1.75, gt=0)
     recent_requests: int = Field(1000, ge=0)
 
 

@@ -37,6 +37,7 @@ def oracle(model: Path) -> GreedyOracle:
 async def running_cluster(model: Path, oracle: GreedyOracle) -> AsyncIterator[Harness]:
     config: dict[str, object] = {
         "transfer.lease_s": LEASE_S,
+        "transfer.layer_groups": 3,
         "engine.max_num_batched_tokens": 128,
         "router.max_attempts": 8,  # faults that go on for seconds meet a request more than once
     }

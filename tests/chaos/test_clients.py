@@ -28,8 +28,8 @@ async def test_a_client_that_disconnects_amid_its_stream(harness: Harness) -> No
 
 
 async def test_a_client_that_disconnects_amid_the_transfer(harness: Harness) -> None:
-    """Blocks are free at once, staging when the chunks in flight have passed: a third of a second each here."""
-    async with harness.injected(bytes_per_s=100_000):
+    """Blocks are free at once, staging when the chunks in flight have passed: a sixth of a second each here."""
+    async with harness.injected(bytes_per_s=200_000):
         running = harness.start(job(400, 100, seed=9))
         await running.tokens(1)
         await hang_up(running)

@@ -61,9 +61,8 @@ async def test_a_stop_string_of_which_each_worker_made_a_part(harness: Harness) 
     assert usage(stream) == usage(undisturbed) == (80, len(stream.token_ids))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "sampled"])
-async def test_log_probabilities(harness: Harness, temperature: float) -> None:
-    one = replace(job(80, NUM_TOKENS, seed=22, temperature=temperature), logprobs=True)
+async def test_log_probabilities_of_a_sampled_stream(harness: Harness) -> None:
+    one = replace(job(80, NUM_TOKENS, seed=22, temperature=0.9), logprobs=True)
     undisturbed = await harness.client.run(one)
     running, seam = await killed_after(harness, one, 60)
     await harness.check(running)
