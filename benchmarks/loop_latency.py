@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import socket
 import sys
@@ -156,6 +157,8 @@ async def run(names: list[str]) -> dict[str, object]:
     await router.start()
     router.registry.set_members([Member((await worker.stdout.readline()).decode().strip(), "decode")])
     await asyncio.wait_for(router.registry.wait_for(0, 1), 20)
+    gc.collect()
+    gc.freeze()  # as `baton serve` does
     watch = Watch()
     watch.start()
     results: dict[str, object] = {}

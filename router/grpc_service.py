@@ -34,6 +34,7 @@ class InferenceService(pb_grpc.InferenceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         choices: list[Choice] = []
         try:
+            self._submitter.check_length(len(request.token_ids.ids), 1)
             body = read_request(request)
             choices = await self._completions.start(body, context.time_remaining())
             answer = GrpcAnswer(body, choices, self._submitter.tokenizer)

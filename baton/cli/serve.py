@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from pathlib import Path
@@ -73,6 +74,7 @@ async def _serve(config: BatonConfig) -> None:
     try:
         async with serving_cluster(config, typer.echo) as cluster:
             shutdown.may_drain = True
+            _keep_what_is_there()
             url = f"http://{config.server.host}:{cluster.router.http_port}"
             typer.echo(
                 f"serving {cluster.config.model_name} on {url}/v1 (gRPC port {cluster.router.grpc_port}); Ctrl-C stops"
@@ -83,6 +85,12 @@ async def _serve(config: BatonConfig) -> None:
         typer.echo("stopped at once")
     else:
         typer.echo("stopped")
+
+
+def _keep_what_is_there() -> None:
+    """Modules and servers live to the end: garbage collections need not walk them, which takes 50 ms and more."""
+    gc.collect()
+    gc.freeze()
 
 
 class _Shutdown:
