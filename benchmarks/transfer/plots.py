@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,8 +61,9 @@ def _bulk(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _steps(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    bars = [(row["work"].removeprefix("decode step, "), row["value"]) for row in rows if row["unit"] == "x idle"]
-    names, values = [name for name, _ in bars], [value for _, value in bars]
+    bars = [row for row in rows if row["unit"] == "x idle"]
+    names = [textwrap.fill(row["work"].removeprefix("decode step, "), 24) for row in bars]
+    values = [row["value"] for row in bars]
     axes.barh(names, values)
     axes.axvline(1.0, color="black", linewidth=0.8)
     _label(axes, "decode step, of idle", "")

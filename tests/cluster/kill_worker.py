@@ -20,6 +20,7 @@ import torch
 
 from baton.common.config import BatonConfig
 from baton.engine.build import build_engine
+from baton.worker.actor_base import SWITCH_INTERVAL_S
 from baton.worker.half import Half, WorkerContext
 from baton.worker.shell import WorkerShell
 from kv_transfer.connection import nccl_environment
@@ -119,7 +120,7 @@ def free_bytes(device: torch.device) -> int:
 
 async def main(role: str, config: BatonConfig, death: str) -> None:
     torch.set_num_threads(1)
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     injector = arm(death)
     if not await asyncio.to_thread(sys.stdin.readline):
         return
