@@ -16,8 +16,8 @@ from baton.common.config import BatonConfig, load_config
 from baton.demo_model import demo_model_path
 from protos import inference_pb2, inference_pb2_grpc
 
-_PROMPTS = ("dog:", "A baton is a short stick that the runners of a relay race hand on. A race is")
-_SAMPLING: dict[str, Any] = {"max_tokens": 40, "temperature": 0.7, "top_p": 0.9, "seed": 1}
+_PROMPTS = ("music:", "### user\nWhat is a bridge?\n### assistant\n")  # the second as its chat template writes it
+_SAMPLING: dict[str, Any] = {"max_tokens": 40, "temperature": 0.3, "top_p": 0.9, "seed": 1}
 
 
 def demo() -> None:

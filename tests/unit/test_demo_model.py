@@ -18,6 +18,10 @@ HELD_OUT = (
     "traineeship: financial aid that enables you to get trained for a specified job",
     "seedbed: a bed where seedlings are grown before transplanting",
 )
+LEARNT = (
+    "bridge: a structure that allows people or vehicles to cross an obstacle such as a river or canal or railway etc.",
+    "river: a large natural stream of water (larger than a creek)",
+)
 MAX_BYTES = 8_000_000
 
 
@@ -47,7 +51,9 @@ def _loss(model: Any, ids: list[int]) -> float:
 
 
 def test_an_entry_goes_on_in_words(model: Any, tokenizer: Any) -> None:
-    text = tokenizer.decode(_continue(model, tokenizer("dog:").input_ids, max_new_tokens=32), skip_special_tokens=True)
+    text = tokenizer.decode(
+        _continue(model, tokenizer("music:").input_ids, max_new_tokens=32), skip_special_tokens=True
+    )
     assert text.isascii()
     assert all(character.isprintable() or character == "\n" for character in text)
     words = re.findall(r"[a-z]+", text)
@@ -71,16 +77,23 @@ def test_the_template_begins_once_and_keeps_the_turns(tokenizer: Any) -> None:
     ]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     turns = "### user\nHi\n### assistant\nHello!</s>\n### user\nDefine cat.\n### assistant\n"
-    assert text == f"</s><s>{turns}"
+    assert text == f"<s>{turns}"
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert ids == [tokenizer.eos_token_id, *tokenizer(turns).input_ids]
+    assert ids == tokenizer(turns).input_ids
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_held_out_lines_are_no_surprise_beyond_measure(model: Any, tokenizer: Any) -> None:
-    losses = [_loss(model, tokenizer(line).input_ids) for line in HELD_OUT]
-    # Nats per token. These read 5.7, 6.2 and 4.7 when the model was made; a uniform guess has 8.3.
-    assert sum(losses) / len(losses) < 6.0
+@pytest.mark.parametrize("line", LEARNT)
+def test_what_it_learnt_it_knows(model: Any, tokenizer: Any, line: str) -> None:
+    # Nats per token. These read 0.8 and 1.4 when the model was made; a uniform guess has 8.3.
+    assert _loss(model, tokenizer(line).input_ids) < 2.0
+
+
+def test_a_question_about_a_frequent_word_gets_its_definition(model: Any, tokenizer: Any) -> None:
+    message = {"role": "user", "content": "What is a bridge?"}
+    ids = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer = tokenizer.decode(_continue(model, ids, max_new_tokens=32), skip_special_tokens=True)
+    assert answer.startswith("A bridge is a structure that allows people or vehicles to cross an obstacle")
 
 
 @pytest.mark.parametrize("line", HELD_OUT)
