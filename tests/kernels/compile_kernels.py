@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from triton.compiler import ASTSource
 
 from baton.engine.kernels.decode_attention import decode_attention_kernel, merge_splits_kernel
 from baton.engine.kernels.decode_inputs import decode_inputs_kernel
+from baton.engine.kernels.few_linear import few_linear_kernel
 from baton.engine.kernels.greedy import greedy_parts_kernel, greedy_winner_kernel
 from baton.engine.kernels.kv_pack import finish_fingerprints_kernel, move_blocks_kernel
 from baton.engine.kernels.prefill_attention import prefill_attention_kernel
@@ -104,7 +106,12 @@ def small_kernels(dtype: str) -> Iterator[Variant]:
     merge = {"NUM_HEADS": 32, "HEAD_DIM": 128, "HEAD_DIM_PAD": 128, "BLOCK_N": 64, "NUM_SEQS_PAD": 128, "TILE": 16}
     yield Variant(merge_splits_kernel, merge, dtype)
     yield Variant(rope_store_kernel, {**heads, "HALF_PAD": 64, "BLOCK_H": 16}, dtype)
-    yield Variant(rms_norm_kernel, {"SIZE": 4096, "SIZE_PAD": 4096, "HAS_RESIDUAL": True}, dtype, num_warps=8)
+    yield Variant(
+        rms_norm_kernel,
+        {"SIZE": 4096, "SIZE_PAD": 4096, "HAS_RESIDUAL": True, "SPLITS": 2},
+        dtype,
+        num_warps=8,
+    )
     yield Variant(silu_mul_kernel, {"SIZE": 14336, "BLOCK": 1024}, dtype)
     yield Variant(move_blocks_kernel, {"PLANE": 8192, "WORDS": 1024, "BLOCKS": 8, "PACK": True}, dtype)
     yield Variant(move_blocks_kernel, {"PLANE": 8192, "WORDS": 1024, "BLOCKS": 8, "PACK": False}, dtype)
@@ -117,9 +124,11 @@ def small_kernels(dtype: str) -> Iterator[Variant]:
     yield Variant(decode_inputs_kernel, {"MAX_BLOCKS": 512, "BLOCK_SIZE": 16, "TILE": 256}, dtype, num_warps=2)
     yield Variant(greedy_parts_kernel, {**vocab, "TILE": 2048, "TILES": 2}, dtype)
     yield Variant(greedy_winner_kernel, parts, dtype, num_warps=1)
-    sizes = {"IN_SIZE": 4096, "HAS_BIAS": True, "BLOCK_OUT": 16, "BLOCK_IN": 256, "STAGES": 4}
-    yield Variant(thin_linear_kernel, {**sizes, "ROWS": 1, "GATED": True}, dtype)
-    yield Variant(thin_linear_kernel, {**sizes, "ROWS": 16, "GATED": False}, dtype)
+    sizes = {"IN_SIZE": 4096, "HAS_BIAS": True, "STAGES": 4}
+    yield Variant(thin_linear_kernel, {**sizes, "BLOCK_OUT": 16, "BLOCK_IN": 256, "GATED": True}, dtype)
+    few = {**sizes, "SPLIT_SIZE": 2048, "BLOCK_OUT": 64, "BLOCK_IN": 128}
+    yield Variant(few_linear_kernel, {**few, "ROWS": 16, "GATED": False}, dtype)
+    yield Variant(few_linear_kernel, {**few, "ROWS": 64, "GATED": True, "STAGES": 3}, dtype)
 
 
 def variants(capability: int) -> Iterator[Variant]:
@@ -134,13 +143,20 @@ def variants(capability: int) -> Iterator[Variant]:
     yield from small_kernels("fp16" if capability == 80 else "bf16")
 
 
+def compile_one(capability: int, index: int) -> str:
+    """JSON of the variant at `index`, which is found again here because kernels cannot be sent to a process."""
+    variant = list(variants(capability))[index]
+    constants = " ".join(f"{name}={value}" for name, value in variant.constants.items())
+    name, shared = variant.kernel.__name__, variant.compile(capability)
+    return json.dumps({"kernel": name, "variant": f"{variant.dtype} {constants}", "shared": shared})
+
+
 def main() -> None:
     capability = int(sys.argv[1])
-    for variant in variants(capability):
-        constants = " ".join(f"{name}={value}" for name, value in variant.constants.items())
-        shared = variant.compile(capability)
-        name = variant.kernel.__name__
-        print(json.dumps({"kernel": name, "variant": f"{variant.dtype} {constants}", "shared": shared}), flush=True)
+    count = len(list(variants(capability)))
+    with ProcessPoolExecutor() as pool:
+        for line in pool.map(compile_one, [capability] * count, range(count)):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ KERNELS = {
     "greedy_parts_kernel",
     "greedy_winner_kernel",
     "thin_linear_kernel",
+    "few_linear_kernel",
 }
 
 

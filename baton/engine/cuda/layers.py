@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from baton.engine.kernels import rms_norm as kernel
+from baton.engine.kernels.few_linear import few_gated_linear, few_linear
 from baton.engine.kernels.silu_mul import silu_mul
 from baton.engine.kernels.thin_linear import thin_gated_linear, thin_linear
 from baton.engine.kernels.tuning import Tuning
@@ -25,13 +26,30 @@ def add_rms_norm(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    config = _tuning(x.device).thin(x.shape[0], x.shape[1], x.dtype)
-    return functional.linear(x, weight, bias) if config is None else thin_linear(x, weight, bias, config)
+    return _product(x, weight, bias, "plain")
+
+
+def linear_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """May return float32 [parts, num_rows, out_size]."""
+    return _product(x, weight, bias, "parts")
 
 
 def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    config = _tuning(x.device).thin_gated(x.shape[0], x.dtype) if bias is None else None
-    return silu_mul(linear(x, weight, bias)) if config is None else thin_gated_linear(x, weight, config)
+    tuning = _tuning(x.device)
+    if bias is None and (thin := tuning.thin_gated(x.shape[0], x.dtype)) is not None:
+        return thin_gated_linear(x, weight, thin)
+    if bias is None and (few := tuning.few(x.shape[0], weight, "gated")) is not None:
+        return few_gated_linear(x, weight, few)
+    return silu_mul(linear(x, weight, bias))
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
+    tuning = _tuning(x.device)
+    if (thin := tuning.thin(x.shape[0], x.shape[1], x.dtype)) is not None:
+        return thin_linear(x, weight, bias, thin)
+    if (few := tuning.few(x.shape[0], weight, kind)) is not None:
+        return few_linear(x, weight, bias, few)
+    return functional.linear(x, weight, bias)
 
 
 @cache

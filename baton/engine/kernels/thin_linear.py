@@ -1,4 +1,4 @@
-"""Products of a few rows with a large weight: they read the weight once, so they should run at the speed of memory.
+"""Products of one row with a large weight: they read the weight once, so they should run at the speed of memory.
 
 The weight's rows are spread over many small programs, each of which walks along its rows with several loads in flight.
 """
@@ -13,19 +13,16 @@ import triton.language as tl
 from baton.engine.kernels.tuning import ThinConfig
 
 
-@triton.jit(do_not_specialize=["num_rows", "stride_x"])
+@triton.jit
 def thin_linear_kernel(
-    x_ptr,  # [num_rows, IN_SIZE]
+    x_ptr,  # [IN_SIZE]
     weight_ptr,  # [out_size, IN_SIZE], contiguous; twice the rows, those of the gate first, when GATED
     bias_ptr,  # [out_size] or None
-    out_ptr,  # [num_rows, out_size], contiguous
-    num_rows,
-    stride_x,
+    out_ptr,  # [out_size]
     out_size,
     IN_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -34,86 +31,70 @@ def thin_linear_kernel(
     i = tl.arange(0, BLOCK_IN)
     is_out = out < out_size
     weight = weight_ptr + (out.to(tl.int64) * IN_SIZE)[:, None] + i[None, :]
-    if ROWS == 1:
-        acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
-        up_acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
-        up_offset = out_size.to(tl.int64) * IN_SIZE
-        for start in tl.range(0, IN_SIZE, BLOCK_IN, num_stages=STAGES):
-            mask = start + i < IN_SIZE
-            w = tl.load(weight + start, mask=is_out[:, None] & mask[None, :], other=0.0)
-            x = tl.load(x_ptr + start + i, mask=mask, other=0.0)
-            acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
-            if GATED:
-                up = tl.load(weight + up_offset + start, mask=is_out[:, None] & mask[None, :], other=0.0)
-                up_acc += up.to(tl.float32) * x.to(tl.float32)[None, :]
-        total = tl.sum(acc, 1)
+    acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+    up_acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+    up_offset = out_size.to(tl.int64) * IN_SIZE
+    for start in tl.range(0, IN_SIZE, BLOCK_IN, num_stages=STAGES):
+        mask = start + i < IN_SIZE
+        w = tl.load(weight + start, mask=is_out[:, None] & mask[None, :], other=0.0)
+        x = tl.load(x_ptr + start + i, mask=mask, other=0.0)
+        acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
         if GATED:
-            # Rounded where the separate kernels round.
-            dtype = out_ptr.dtype.element_ty
-            gate = total.to(dtype).to(tl.float32)
-            silu = (gate / (1.0 + tl.math.exp2(gate * -1.4426950408889634))).to(dtype).to(tl.float32)
-            total = silu * tl.sum(up_acc, 1).to(dtype).to(tl.float32)
-        if HAS_BIAS:
-            total += tl.load(bias_ptr + out, mask=is_out, other=0.0).to(tl.float32)
-        tl.store(out_ptr + out, total.to(out_ptr.dtype.element_ty), mask=is_out)
-    else:
-        row = tl.arange(0, ROWS)
-        is_row = row < num_rows
-        x_at = x_ptr + (row.to(tl.int64) * stride_x)[None, :] + i[:, None]  # [BLOCK_IN, ROWS]
-        acc = tl.zeros([BLOCK_OUT, ROWS], tl.float32)
-        for start in tl.range(0, IN_SIZE, BLOCK_IN, num_stages=STAGES):
-            mask = start + i < IN_SIZE
-            w = tl.load(weight + start, mask=is_out[:, None] & mask[None, :], other=0.0)
-            x = tl.load(x_at + start, mask=mask[:, None] & is_row[None, :], other=0.0)
-            acc = tl.dot(w, x, acc)
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + out, mask=is_out, other=0.0).to(tl.float32)[:, None]
-        at = out_ptr + row[None, :] * out_size + out[:, None]
-        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=is_out[:, None] & is_row[None, :])
+            up = tl.load(weight + up_offset + start, mask=is_out[:, None] & mask[None, :], other=0.0)
+            up_acc += up.to(tl.float32) * x.to(tl.float32)[None, :]
+    total = tl.sum(acc, 1)
+    if GATED:
+        # Rounded where the separate kernels round.
+        dtype = out_ptr.dtype.element_ty
+        gate = total.to(dtype).to(tl.float32)
+        silu = (gate / (1.0 + tl.math.exp2(gate * -1.4426950408889634))).to(dtype).to(tl.float32)
+        total = silu * tl.sum(up_acc, 1).to(dtype).to(tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + out, mask=is_out, other=0.0).to(tl.float32)
+    tl.store(out_ptr + out, total.to(out_ptr.dtype.element_ty), mask=is_out)
 
 
 def thin_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: ThinConfig) -> torch.Tensor:
-    """x [num_rows, in_size] times weight [out_size, in_size] transposed, plus bias. Legal in a CUDA graph.
+    """x [1, in_size] times weight [out_size, in_size] transposed, plus bias. Legal in a CUDA graph.
 
-    Sums in float32. Raises ValueError above 64 rows, and where sizes do not fit.
+    Sums in float32. Raises ValueError.
     """
     return _product(x, weight, bias, config, gated=False)
 
 
 def thin_gated_linear(x: torch.Tensor, weight: torch.Tensor, config: ThinConfig) -> torch.Tensor:
-    """SiLU(x G^T) * (x U^T) for one row x [1, in_size]; weight [2 * out_size, in_size] holds G, then U.
+    """SiLU(x G^T) * (x U^T); weight [2 * out_size, in_size] holds G, then U.
 
     Rounds as the product and then `silu_mul` do. Legal in a CUDA graph. Raises ValueError.
     """
-    if x.shape[0] != 1 or weight.shape[0] % 2:
-        raise ValueError(f"takes one row and an even number of outputs, got {tuple(x.shape)}, {tuple(weight.shape)}")
+    if weight.shape[0] % 2:
+        raise ValueError(f"takes an even number of outputs, got {tuple(weight.shape)}")
     return _product(x, weight, None, config, gated=True)
 
 
 def _product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: ThinConfig, *, gated: bool
 ) -> torch.Tensor:
-    num_rows, in_size = x.shape
+    in_size = x.shape[1]
     out_size = weight.shape[0] // 2 if gated else weight.shape[0]
-    if weight.shape[1] != in_size or not weight.is_contiguous() or x.stride(1) != 1 or x.dtype != weight.dtype:
+    if (
+        x.shape[0] != 1
+        or weight.shape[1] != in_size
+        or not weight.is_contiguous()
+        or x.stride(1) != 1
+        or x.dtype != weight.dtype
+    ):
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
-    if num_rows > 64:
-        raise ValueError(f"{num_rows} rows are not few")
-    out = torch.empty((num_rows, out_size), dtype=x.dtype, device=x.device)
-    if num_rows == 0:
-        return out
+    out = torch.empty((1, out_size), dtype=x.dtype, device=x.device)
     thin_linear_kernel[(triton.cdiv(out_size, config.block_out),)](
         x,
         weight,
         bias,
         out,
-        num_rows,
-        x.stride(0),
         out_size,
         IN_SIZE=in_size,
         HAS_BIAS=bias is not None,
         GATED=gated,
-        ROWS=1 if num_rows == 1 else max(16, triton.next_power_of_2(num_rows)),
         BLOCK_OUT=config.block_out,
         BLOCK_IN=config.block_in,
         STAGES=config.num_stages,

@@ -55,6 +55,17 @@ class ThinConfig:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class FewConfig:
+    """`block_out` rows of a weight by `block_in` of its columns per load, its columns cut into `splits`."""
+
+    block_out: int
+    block_in: int
+    num_warps: int
+    num_stages: int
+    splits: int
+
+
 # Head dimensions are padded to these; a table gives its rows in this order.
 _HEAD_DIMS: Final = (64, 128, 256)
 
@@ -82,6 +93,26 @@ _FLOAT32_DECODE: Final = ((32, 4, 2, 4, 2), (32, 4, 2, 4, 2), (16, 4, 2, 4, 2))
 _THIN: Final = MappingProxyType({9: (ThinConfig(16, 256, 4, 4), ThinConfig(8, 512, 4, 4))})
 _THIN_GATED: Final = MappingProxyType({9: ThinConfig(8, 256, 4, 4)})
 _LONG_ROW: Final = 8192
+
+# Rows of x, padded, and what the weight is like, to how its product is computed where cuBLAS is slower.
+_FEW: Final = MappingProxyType(
+    {
+        9: {
+            (16, "gated"): FewConfig(64, 128, 4, 4, 1),
+            (16, "short"): FewConfig(64, 256, 4, 3, 2),
+            (16, "long"): FewConfig(128, 128, 8, 4, 4),
+            (16, "wide"): FewConfig(64, 128, 4, 5, 1),
+            (32, "gated"): FewConfig(64, 128, 4, 4, 1),
+            (32, "short"): FewConfig(64, 128, 4, 4, 2),
+            (32, "long"): FewConfig(128, 128, 8, 4, 4),
+            (32, "wide"): FewConfig(64, 128, 4, 4, 1),
+            (64, "gated"): FewConfig(64, 128, 4, 4, 1),
+            (64, "short"): FewConfig(64, 128, 4, 4, 2),
+            (64, "long"): FewConfig(64, 128, 4, 4, 2),
+            (64, "wide"): FewConfig(64, 64, 4, 5, 1),
+        }
+    }
+)
 
 _DENSE: Final = MappingProxyType({9: DenseConfig(min_tokens=1024, max_tokens=8192, step=1024, speedup=1.27)})
 
@@ -119,6 +150,20 @@ class Tuning:
     def thin_gated(self, num_rows: int, dtype: torch.dtype) -> ThinConfig | None:
         """The same for a gate-up product with its activation."""
         return _THIN_GATED.get(self.generation) if num_rows == 1 and dtype.itemsize == 2 else None
+
+    def few(self, num_rows: int, weight: torch.Tensor, kind: str) -> FewConfig | None:
+        """For a product of more than one row. `kind`: "plain"; "parts", which may be split; "gated". None: cuBLAS."""
+        out_size, in_size = weight.shape
+        if weight.itemsize != 2 or not 1 < num_rows <= 64:
+            return None
+        configs = _FEW.get(self.generation, {})
+        rows = max(16, 1 << (num_rows - 1).bit_length())
+        if kind == "parts":
+            kind = "long" if in_size > _LONG_ROW else "short"
+        elif kind == "plain" and out_size > 32768:
+            kind = "wide"
+        config = configs.get((rows, kind))
+        return config if config is not None and in_size % (config.splits * config.block_in) == 0 else None
 
     def decode(self, head_dim: int, num_kv_heads: int, dtype: torch.dtype) -> DecodeConfig:
         rows = _HALF_DECODE[self.generation] if dtype.itemsize == 2 else _FLOAT32_DECODE

@@ -21,6 +21,8 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `x` to the residual stream and normalise the sum. Returns (normalised, new residual).
 
+    x: [num_tokens, size], or what `FusedLinear.parts_of` gives.
+
     The residual that was passed in must not be used again: it may hold the new one.
     """
     if x.is_cuda:

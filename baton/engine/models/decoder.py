@@ -49,7 +49,7 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, c.rms_norm_eps), rms_norm(k, self.k_norm, c.rms_norm_eps)
         backend.rope_and_store(q, k, v, positions, cos_sin, layer_kv, meta)
-        return self.out(backend.attend(q, layer_kv, meta, self.scale, (k, v)).flatten(1))
+        return self.out.parts_of(backend.attend(q, layer_kv, meta, self.scale, (k, v)).flatten(1))
 
     def checkpoint_views(self, prefix: str) -> dict[str, torch.Tensor]:
         views = self.qkv.checkpoint_views(prefix) | self.out.checkpoint_views(prefix)
@@ -65,7 +65,7 @@ class MLP:
         self.down = FusedLinear({"down_proj": config.hidden_size}, size, config.mlp_bias, dtype, device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(gated_linear(x, self.gate_up))
+        return self.down.parts_of(gated_linear(x, self.gate_up))
 
 
 class DecoderLayer:

@@ -66,7 +66,7 @@ def test_logits_in_bfloat16(tmp_path: Path, family: str, num_seqs: int, chunk: i
     print(f"{family}, {num_seqs} sequences: transformers {theirs_off:.5f}, ours {ours_off:.5f}")
     assert 1e-4 < ours_off < 1.05 * theirs_off
     agree, their_agree = ((x.argmax(-1) == exact.argmax(-1)).double().mean() for x in (ours, rounded))
-    assert agree > their_agree - 0.02
+    assert agree > their_agree - 4 * (0.5 / exact[..., 0].numel()) ** 0.5
 
 
 def their_logits(model_dir: Path, sequences: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
