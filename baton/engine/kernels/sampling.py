@@ -14,7 +14,8 @@ import triton.language as tl
 from baton.engine.kernels.sampling_limits import limits_kernel, load_distances, load_row_max, load_temperature
 
 _TILE = 1024
-_LIMIT_TILE = 4096
+_LIMIT_TILE = 2048
+_LIMIT_WARPS = 16
 _TILES_PER_PROGRAM = 4
 
 
@@ -165,7 +166,7 @@ def sample(
         vocab_size,
         TILE=_LIMIT_TILE,
         **size,
-        num_warps=8,
+        num_warps=_LIMIT_WARPS,
     )
     race_kernel[(num_rows, parts)](
         logits,
