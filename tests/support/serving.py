@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 _MARKER = "BATON_TEST_RUN"
+_SERVING = re.compile(r"serving \S+ on http://")  # not always at a line's beginning: Ray prints workers' lines in pieces
 
 
 @dataclass(slots=True)
@@ -100,7 +101,7 @@ def _read(process: subprocess.Popen[str], lines: list[str], serving: threading.E
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("serving "):
+        if _SERVING.search(line):
             serving.set()
     serving.set()
 
