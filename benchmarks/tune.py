@@ -17,9 +17,10 @@ import torch
 from torch.nn.functional import linear
 
 from baton.engine.kernels.decode_attention import decode_attention
+from baton.engine.kernels.few_linear import few_gated_linear, few_linear
 from baton.engine.kernels.prefill_attention import prefill_attention
 from baton.engine.kernels.thin_linear import thin_linear
-from baton.engine.kernels.tuning import DecodeConfig, PrefillConfig, ThinConfig, Tuning
+from baton.engine.kernels.tuning import DecodeConfig, FewConfig, PrefillConfig, ThinConfig, Tuning
 from benchmarks.gpu_timing import environment, require_gpu, seconds_per_call
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16
@@ -28,6 +29,10 @@ WEIGHTS = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "
 LM_HEAD = {"lm_head": (128256, 4096)}
 THIN_ROWS = (1,)
 THIN = [(16, 256, 4, 4), (8, 512, 4, 4), (8, 256, 4, 5), (8, 1024, 4, 3), (4, 1024, 4, 3)]
+# Rows of x; block_out, block_in, num_warps, num_stages by splits.
+FEW_ROWS = (8, 32, 64)
+FEW = [(64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (64, 64, 4, 5), (128, 64, 8, 5), (128, 128, 8, 4)]
+FEW_SPLITS = {"qkv": (1, 2), "out": (1, 2, 4), "gate_up": (1,), "down": (2, 4, 7), "lm_head": (1,)}
 DECODES = [(1, 2048), (1, 8192), (8, 2048), (64, 2048), (128, 4096)]
 # block_n, num_warps, num_stages, programs per SM, min_tiles
 DECODE = [(64, 4, 4, 2, 1), (64, 4, 5, 2, 1), (128, 4, 3, 2, 1), (64, 4, 4, 1, 1), (64, 4, 4, 3, 1), (64, 8, 4, 2, 1)]
@@ -69,6 +74,24 @@ def thin(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]
             )
 
 
+def few(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+    """Gate-up with its activation, which cuBLAS's figure leaves out."""
+    for (name, (out_size, in_size)), num_rows in product({**WEIGHTS, **LM_HEAD}.items(), FEW_ROWS):
+        copies = max(2, 2**29 // (2 * out_size * in_size))
+        weights = [torch.randn(out_size, in_size, dtype=torch.bfloat16, device=device) for _ in range(copies)]
+        x = torch.randn(num_rows, in_size, dtype=torch.bfloat16, device=device)
+        yield f"{name} rows {num_rows} cuBLAS", [partial(linear, x, w) for w in weights]
+        for tile, splits in product(FEW, FEW_SPLITS[name]):
+            config = FewConfig(*tile, splits)
+            calls: list[Callable[[], object]] = [
+                partial(few_gated_linear, x, w, config)
+                if name == "gate_up"
+                else partial(few_linear, x, w, None, config)
+                for w in weights
+            ]
+            yield f"{name} rows {num_rows} {(*tile, splits)}", calls
+
+
 def decode(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
     num_sms = Tuning.of(device).num_sms
     for batch, context in DECODES:
@@ -100,7 +123,7 @@ def prefill(device: torch.device) -> Iterator[tuple[str, list[Callable[[], objec
             yield f"prefill {new} {config}", [call]
 
 
-KINDS = {"thin": thin, "decode": decode, "prefill": prefill}
+KINDS = {"thin": thin, "few": few, "decode": decode, "prefill": prefill}
 
 
 if __name__ == "__main__":
