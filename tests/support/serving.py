@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 _MARKER = "BATON_TEST_RUN"
-_SERVING = re.compile(r"serving \S+ on http://")  # not always at a line's beginning: Ray prints workers' lines in pieces
+_SERVING = re.compile(r"serving \S+ on http://")  # anywhere in a line: Ray prints in pieces
 
 
 @dataclass(slots=True)
