@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PART := .ci/part
+PYTEST := $(BIN)/pytest -q --durations=5 --durations-min=5
+# Byte code is written where it is first used: compiling all of torch and Ray takes longer than it saves.
+INSTALL := -m pip install -q --no-compile
 
 .PHONY: demo test protos clean lint types imports protos-fresh unit kernels transfer sampling explorer explorer-deep cluster chaos clients
 
@@ -20,14 +23,14 @@ test: .venv/.dev
 	$(PYTHON) -m venv .venv
 
 .venv/.runtime: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install -q -e .
+	$(BIN)/python $(INSTALL) -e .
 	@touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install -q -e .[dev]
+	$(BIN)/python $(INSTALL) -e .[dev]
 	@touch $@ .venv/.runtime
 
-# Each part prints what it took of its budget in seconds on two cores; the budgets add up to 26 minutes.
+# Each part prints what it took of its budget in seconds on two cores; they add up to more than it takes, since half of them run side by side.
 lint: .venv/.dev
 	@$(PART) lint 30 sh -c '$(BIN)/ruff check . && $(BIN)/ruff format --check .'
 
@@ -41,34 +44,34 @@ protos-fresh: .venv/.dev
 	@$(PART) protos-fresh 20 $(BIN)/python protos/generate.py --check
 
 unit: .venv/.dev
-	@$(PART) unit 260 $(BIN)/pytest -q tests/unit
+	@$(PART) unit 260 $(PYTEST) tests/unit
 
 kernels: .venv/.dev
-	@$(PART) kernels 180 $(BIN)/pytest -q tests/kernels
+	@$(PART) kernels 180 $(PYTEST) tests/kernels
 
 transfer: .venv/.dev
-	@$(PART) transfer 140 $(BIN)/pytest -q tests/transfer --ignore=tests/transfer/test_mutants.py --ignore-glob=*/test_explorer* 
+	@$(PART) transfer 140 $(PYTEST) tests/transfer --ignore=tests/transfer/test_mutants.py --ignore-glob=*/test_explorer* 
 
 sampling: .venv/.dev
-	@$(PART) sampling 60 $(BIN)/pytest -q tests/sampling
+	@$(PART) sampling 60 $(PYTEST) tests/sampling
 
 explorer: .venv/.dev
-	@$(PART) explorer 300 $(BIN)/pytest -q -s -m 'not slow' tests/transfer/test_explorer.py tests/transfer/test_explorer_reduction.py tests/transfer/test_mutants.py
+	@$(PART) explorer 300 $(PYTEST) -s -m 'not slow' tests/transfer/test_explorer.py tests/transfer/test_explorer_reduction.py tests/transfer/test_mutants.py
 
 cluster: .venv/.dev
-	@$(PART) cluster 240 $(BIN)/pytest -q tests/cluster
+	@$(PART) cluster 240 $(PYTEST) tests/cluster
 
 chaos: .venv/.dev
-	@$(PART) chaos 180 $(BIN)/pytest -q tests/chaos
+	@$(PART) chaos 180 $(PYTEST) tests/chaos
 
 # Clients whose requirements exclude the server's live in an environment of their own (1.2 GB, most of it lm-eval's).
 .venv-clients/.installed: .venv/bin/python tests/clients/requirements.txt
 	$(BIN)/python -m venv .venv-clients
-	.venv-clients/bin/python -m pip install -q -r tests/clients/requirements.txt
+	.venv-clients/bin/python $(INSTALL) -r tests/clients/requirements.txt
 	@touch $@
 
 clients: .venv/.dev .venv-clients/.installed
-	@$(PART) clients 150 $(BIN)/pytest -q tests/clients
+	@$(PART) clients 150 $(PYTEST) tests/clients
 
 # Also the worlds of the hand-over protocol that are too long for `explorer`.
 explorer-deep: .venv/.dev

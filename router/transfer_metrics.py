@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from protos import worker_pb2 as pb
@@ -33,7 +33,7 @@ class TransferMetrics(Collector):
     def remove(self, worker_id: str) -> None:
         self._totals.pop(worker_id, None)
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[CounterMetricFamily | HistogramMetricFamily]:
         for field, name, text in _COUNTERS:
             counter = CounterMetricFamily(name, text, labels=["worker"])
             for worker_id, totals in self._totals.items():

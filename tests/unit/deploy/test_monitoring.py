@@ -23,9 +23,10 @@ def _series() -> dict[str, set[str]]:
     """Labels of every series that /metrics can have, by its name."""
     metrics = Metrics()
     wrappers = [metric for metric in vars(metrics).values() if isinstance(metric, MetricWrapperBase)]
-    by_family = {metric._name: set(metric._labelnames) for metric in wrappers}
+    labels = {metric._name: metric._labelnames for metric in wrappers}
+    labels |= {family.name: family._labelnames for family in metrics.transfers.collect()}
     return {
-        family.name + suffix: by_family[family.name] | ({"le"} if suffix == "_bucket" else set())
+        family.name + suffix: set(labels[family.name]) | ({"le"} if suffix == "_bucket" else set())
         for family in metrics.registry.collect()
         for suffix in _SUFFIXES[family.type]
     }
@@ -62,6 +63,7 @@ def test_the_list_of_series_is_not_empty_or_wrong() -> None:
     assert series["baton_requests_total"] == {"path", "finish_reason"}
     assert series["baton_time_to_first_token_seconds_bucket"] == {"path", "le"}
     assert series["baton_kv_blocks"] == {"worker", "state"}
+    assert series["baton_transfer_exposed_seconds_bucket"] == {"worker", "le"}
     assert "baton_requests" not in series
 
 
