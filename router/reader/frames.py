@@ -16,6 +16,7 @@ from baton.common.errors import InvalidRequest
 
 HEADER: Final = struct.Struct("!I")
 IDS: Final = "I"
+_MAX_MESSAGE: Final = 2000  # characters
 
 Prompt = str | Sequence[int]
 
@@ -66,7 +67,8 @@ def encode_reply(read: ReadBody, fields: bytes) -> bytes:
 
 
 def encode_error(error: InvalidRequest) -> bytes:
-    content = {"message": str(error), "param": error.param, "code": error.code}
+    """The message is cut to a bearable length: a template may put anything into it."""
+    content = {"message": str(error)[:_MAX_MESSAGE], "param": error.param, "code": error.code}
     head = json.dumps({"error": content}).encode()
     return framed(HEADER.pack(len(head)), head)
 

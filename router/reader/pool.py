@@ -58,11 +58,12 @@ class RequestReader:
             self._spawn(self._warm_up())
 
     async def close(self) -> None:
+        """Also while processes are being started: what comes up late is ended as well."""
         self._closed = True
         for process in self._processes:
             process.kill()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(process.gone() for process in self._processes))
+        await asyncio.gather(*(process.end() for process in self._processes))
 
     # ---- bodies
 
@@ -87,17 +88,17 @@ class RequestReader:
     # ---- processes
 
     async def _read(self, kind: bytes, body: bytes) -> ReadBody:
-        """A request whose client has gone is read to its end all the same: the process answers in order."""
+        """Cancelled while it waits, a request is not read at all; once a process has it, it is read to its end."""
         if self._num_waiting >= _MAX_WAITING:
             raise Overloaded("too many requests wait to be read", 1.0)
-        return decode_reply(await asyncio.shield(self._spawn(self._exchange(framed(kind, body)))))
-
-    async def _exchange(self, frame: bytes) -> bytes:
         self._num_waiting += 1
         try:
             process = await self._idle.get()
         finally:
             self._num_waiting -= 1
+        return decode_reply(await asyncio.shield(self._spawn(self._exchange(process, framed(kind, body)))))
+
+    async def _exchange(self, process: _Process, frame: bytes) -> bytes:
         try:
             if self._closed:
                 raise Unavailable("the server is shutting down")
@@ -154,7 +155,7 @@ class _Process:
 
     async def exchange(self, frame: bytes) -> bytes:
         """Raises InvalidRequest when the request took too much, Unavailable when the process was lost."""
-        if self._process is None:
+        if self._process is None or self._process.returncode is not None:
             await self.start()
         assert self._process is not None
         return await self._roundtrip(self._process, frame)
@@ -164,8 +165,9 @@ class _Process:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
-    async def gone(self) -> None:
-        """After `kill`: wait until it is."""
+    async def end(self) -> None:
+        """Kill it and wait until it is gone."""
+        self.kill()
         if self._process is not None:
             await self._process.wait()
 

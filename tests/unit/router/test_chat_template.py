@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -172,6 +173,7 @@ HOSTILE = {
     "long output": ("{% for i in range(99999) %}{{ 'a' * 99 }}{% endfor %}", "more than"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     "not text": (r"{{ '\ud800' }}", "UnicodeEncodeError"),
+    "empty cycle": ("{{ cycler() }}", "RuntimeError"),
     "not there": ("{{ messages[9].content }}", "UndefinedError"),
 }
 
@@ -211,6 +213,35 @@ async def test_an_endless_template_is_ended_and_the_next_request_answered(endles
         await endless.chat(body(chat_template=name))
     assert error.value.code == "too_expensive"
     assert (await endless.chat(body())).texts == ["<s>[user] x</s>\n[assistant] "]
+
+
+async def test_a_refusal_of_a_template_may_not_be_endless() -> None:
+    templates = ChatTemplates({"default": "{{ raise_exception('no ' + messages[0].content * 1000000) }}"}, TOKENS)
+    reader = RequestReader(templates, num_processes=1)
+    try:
+        with pytest.raises(InvalidRequest, match="no xxx") as error:
+            await reader.chat(body())
+        assert len(str(error.value)) <= 2000
+    finally:
+        await reader.close()
+
+
+async def test_what_waits_for_a_process_is_dropped_with_its_client(endless: RequestReader) -> None:
+    """Of ten requests that would each take half a second, the one that is being read ends; the others never begin."""
+    waiting = [asyncio.create_task(endless.chat(body(chat_template="loop"))) for _ in range(10)]
+    await asyncio.sleep(0)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    async with asyncio.timeout(4.0):
+        assert (await endless.chat(body())).texts == ["<s>[user] x</s>\n[assistant] "]
+
+
+async def test_a_reader_closed_while_its_process_starts_leaves_none() -> None:
+    reader = RequestReader(ChatTemplates({"default": PLAIN}, TOKENS))
+    reader.start()
+    await asyncio.sleep(0)
+    await asyncio.wait_for(reader.close(), 20)
 
 
 async def test_a_closed_reader_leaves_no_process_and_reads_no_more() -> None:
