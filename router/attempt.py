@@ -105,6 +105,7 @@ class Attempt:
         self._logprobs: dict[int, TokenLogprobs] = {}  # by position, of tokens that wait in the fence
         self._fence = TokenFence(spec.num_emitted, spec.num_emitted + spec.max_tokens)
         self._told: list[WorkerSession] = []  # workers that know this attempt and have not said that it ended there
+        self._reserved = False
 
     def start(self) -> None:
         """Send the first command."""
@@ -153,8 +154,9 @@ class Attempt:
     # ---- frames
 
     def on_reserved(self, worker_id: str, reserved: pb.Reserved) -> None:
-        if self._prefill is None or self._prefill in self._told or worker_id != self._worker.worker_id:
+        if self._prefill is None or self._reserved or worker_id != self._worker.worker_id:
             return
+        self._reserved = True
         self._record.mark(events.RESERVED)
         command = pb.PrefillCommand(
             key=self._key,

@@ -19,6 +19,7 @@ from router.admission import Admission
 from router.attempt import Attempt, Failed, Finished, Outcome, Refused
 from router.metrics import Metrics
 from router.output import Output
+from router.pairs import HandOver
 from router.placement import Placement
 from router.policy import Decision, RequestFacts
 from router.record import RecentRequests, RequestRecord
@@ -65,6 +66,7 @@ class Generation:
         self.prompt_logprobs: Sequence[pb.TokenLogprobs] = ()
         self._output = Output(self.record, shared.metrics, shared.clock)
         self._attempt: Attempt | None = None
+        self._hand_over: HandOver | None = None
         self._keep_local = ""
         self._prompt = prompt
         self._leads = False
@@ -166,14 +168,16 @@ class Generation:
 
     async def _attempt_once(self, decision: Decision) -> Outcome:
         """Run one attempt to its outcome. However this is left, no worker keeps the attempt."""
-        session = self._shared.registry.session
+        registry = self._shared.registry
+        session, prefill = registry.session, decision.prefill_worker
+        self._hand_over = registry.pairs.begin(prefill, decision.worker) if prefill else None
         number = len(self.record.attempts) + 1
         record = self.record.begin_attempt(number, decision)
         attempt = self._attempt = Attempt(
             (self.request.request_id, number),
             self._spec(),
             session(decision.worker),
-            session(decision.prefill_worker) if decision.prefill_worker else None,
+            session(prefill) if prefill else None,
             self.record,
             self,
             self._fork_of,
@@ -185,7 +189,7 @@ class Generation:
             outcome = attempt.end(Failed("cancelled", "the request was given up", retryable=False))
             record.outcome = str(outcome)
             self._shared.metrics.attempts.labels(decision.path, outcome.code).inc()
-            self._learn(decision, outcome)
+            self._learn(outcome)
         return outcome
 
     def _spec(self) -> pb.RequestSpec:
@@ -215,17 +219,15 @@ class Generation:
             self._shared.admission.check_queue(refused.retry_after_s)
         return 0 if refused.code in ("busy", "draining") else 1
 
-    def _learn(self, decision: Decision, outcome: Outcome) -> None:
-        """A hand-over that failed rests its pair and keeps this request on one worker; one that worked clears that."""
-        if decision.prefill_worker is None:
+    def _learn(self, outcome: Outcome) -> None:
+        """A hand-over that failed rests its pair and keeps this request on one worker."""
+        if self._hand_over is None:
             return
-        pairs = self._shared.registry.pairs
-        if isinstance(outcome, Finished):
-            pairs.handover_succeeded(decision.prefill_worker, decision.worker)
-        elif outcome.code in _TRANSFER_FAULTS:
-            now = self._shared.clock.now()
-            pairs.handover_failed(decision.prefill_worker, decision.worker, now, outcome.message)
+        if not isinstance(outcome, Finished) and outcome.code in _TRANSFER_FAULTS:
+            self._hand_over.failed(self._shared.clock.now(), outcome.message)
             self._keep_local = f"local because the hand-over failed ({outcome.code})"
+        else:
+            self._hand_over.given_up()
 
     # ---- tokens and the end
 
@@ -247,6 +249,8 @@ class Generation:
 
     def on_prompt_placed(self, worker_id: str) -> None:
         """Called by the current attempt, with every output of its worker."""
+        if self._hand_over is not None:
+            self._hand_over.succeeded()
         if self._leads:
             self._settle_prompt(PromptPlace(worker_id, (self.request.request_id, len(self.record.attempts))))
 

@@ -1,7 +1,8 @@
 """Which prefill worker may hand over to which decode worker, and why not. Pure bookkeeping, owned by the registry.
 
 A pair is schedulable while its prefill worker reports it connected and it is not resting. It rests after a failed
-hand-over, longer each time in a row, and is then tried again; one success clears that. An incompatible pair never is.
+hand-over, longer each time in a row, and is then tried with one hand-over at a time; one success clears that. An
+incompatible pair never is schedulable.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ CONNECTED: Final = "connected"
 CONNECTING: Final = "connecting"
 INCOMPATIBLE: Final = "incompatible"
 _FIRST_REST_S, _MAX_REST_S = 0.5, 30.0
+_MAX_DOUBLINGS = 6
 
 PairId = tuple[str, str]
 
 
 @dataclass(slots=True)
 class Pair:
-    """`state`: "incompatible", or what the prefill worker reported last. `failures`: failed hand-overs in a row."""
+    """`state`: "incompatible", or what the prefill worker reported last. `failures`: failed hand-overs in a row.
+
+    `probing`: behind failures, a hand-over is under way that shows whether the pair works again.
+    """
 
     prefill: str
     decode: str
@@ -29,6 +34,44 @@ class Pair:
     message: str = ""
     failures: int = 0
     resting_until: float = 0.0
+    probing: bool = False
+
+
+class HandOver:
+    """One hand-over over a pair, from its start to the first that is known of it.
+
+    Those under way when another one fails are no further failures of the pair, and no proof that it works again.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+        self._failures = pair.failures
+        self._is_open = True
+        pair.probing = pair.failures > 0
+
+    def succeeded(self) -> None:
+        """The decode worker has the KV. Repeating it is a no-op."""
+        if self._settle():
+            self._pair.failures, self._pair.resting_until, self._pair.message = 0, 0.0, ""
+
+    def failed(self, now: float, message: str) -> None:
+        pair = self._pair
+        if self._settle():
+            pair.resting_until = now + min(_FIRST_REST_S * 2 ** min(pair.failures, _MAX_DOUBLINGS), _MAX_REST_S)
+            pair.failures += 1
+            pair.message = message
+
+    def given_up(self) -> None:
+        """It says nothing of the pair: a worker was lost, or there was nothing to hand over. A no-op once settled."""
+        self._settle()
+
+    def _settle(self) -> bool:
+        """Whether what is now known is news of the pair as it is."""
+        was_open, self._is_open = self._is_open, False
+        is_news = was_open and self._pair.failures == self._failures
+        if is_news:
+            self._pair.probing = False
+        return is_news
 
 
 class PairTable:
@@ -55,21 +98,15 @@ class PairTable:
         if pair is not None and pair.state != INCOMPATIBLE:
             pair.state, pair.message = state, message
 
-    def handover_failed(self, prefill: str, decode: str, now: float, message: str) -> None:
-        pair = self._pairs.get((prefill, decode))
-        if pair is not None:
-            pair.resting_until = now + min(_FIRST_REST_S * 2**pair.failures, _MAX_REST_S)
-            pair.failures = min(pair.failures + 1, 16)
-            pair.message = message
-
-    def handover_succeeded(self, prefill: str, decode: str) -> None:
-        pair = self._pairs.get((prefill, decode))
-        if pair is not None and pair.failures:
-            pair.failures, pair.resting_until, pair.message = 0, 0.0, ""
+    def begin(self, prefill: str, decode: str) -> HandOver:
+        """A schedulable pair is used; whoever began it says what became of it."""
+        return HandOver(self._pairs[(prefill, decode)])
 
     def schedulable(self, now: float) -> frozenset[PairId]:
         return frozenset(
-            pair_id for pair_id, pair in self._pairs.items() if pair.state == CONNECTED and pair.resting_until <= now
+            pair_id
+            for pair_id, pair in self._pairs.items()
+            if pair.state == CONNECTED and pair.resting_until <= now and not pair.probing
         )
 
     def all(self) -> list[Pair]:

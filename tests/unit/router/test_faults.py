@@ -269,6 +269,36 @@ async def test_an_error_after_the_first_token_is_an_event_of_the_stream(
 # ---- failed hand-overs
 
 
+async def test_a_request_without_a_hand_over_does_not_prove_that_its_pair_works(workers: list[FakeWorker]) -> None:
+    """It ends at its first token, which the prefill worker draws: nothing of it crosses the pair."""
+    workers.extend(pair_of_answers("p0", "d0"))
+    async with serving(router={"policy": "remote"}) as served:
+        await served.attach(*workers)
+        (pair,) = served.router.registry.pairs.all()
+        pair.failures = 3
+        response = await served.complete(max_tokens=1)
+        assert response.headers["x-baton-path"].startswith("remote; ")
+        assert pair.failures == 3
+        assert (await served.complete(max_tokens=2)).status_code == 200
+        assert pair.failures == 0
+
+
+async def test_a_second_reservation_of_an_attempt_starts_no_second_prefill(workers: list[FakeWorker]) -> None:
+    prefill, decode = FakeWorker("p0", "prefill", answer), FakeWorker("d0", "decode", answer)
+    workers.extend((prefill, decode))
+    async with serving(router={"policy": "remote"}) as served:
+        await served.attach(*workers)
+        call = served.grpc.Generate(request())
+        command = await prefill.next_frame("prefill")
+        assert await next_token_ids(call) == TOKENS[:1]
+        emit(decode, command.key, command.spec, 1, 2)
+        assert await next_token_ids(call) == TOKENS[1:2]
+        decode.say(reserved=wpb.Reserved(key=command.key, lease=8, generation=2))
+        emit(decode, command.key, command.spec, 2, 8)
+        assert await tokens_of(call) == TOKENS[2:]
+        assert len(prefill.received("prefill")) == 1
+
+
 def _only_connect(worker: FakeWorker, frame: wpb.RouterFrame) -> None:
     if frame.HasField("connect_peer"):
         answer(worker, frame)

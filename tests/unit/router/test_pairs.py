@@ -40,13 +40,22 @@ def test_every_difference_of_an_incompatible_pair_is_named_and_no_report_makes_i
     assert not pairs.schedulable(0.0)
 
 
-def test_a_failing_pair_rests_longer_each_time_and_is_tried_again() -> None:
+def connected() -> PairTable:
     pairs = table()
     pairs.report("p", "d", "connected", "")
+    return pairs
+
+
+def fail(pairs: PairTable, now: float) -> None:
+    pairs.begin("p", "d").failed(now, "corrupt")
+
+
+def test_a_failing_pair_rests_longer_each_time_and_is_tried_again() -> None:
+    pairs = connected()
     rests = []
     now = 0.0
     for _ in range(12):
-        pairs.handover_failed("p", "d", now, "corrupt")
+        fail(pairs, now)
         assert not pairs.schedulable(now)
         start = now
         while not pairs.schedulable(now):
@@ -57,21 +66,48 @@ def test_a_failing_pair_rests_longer_each_time_and_is_tried_again() -> None:
 
 
 def test_one_success_clears_the_failures() -> None:
-    pairs = table()
-    pairs.report("p", "d", "connected", "")
+    pairs = connected()
     for _ in range(5):
-        pairs.handover_failed("p", "d", 0.0, "corrupt")
-    pairs.handover_succeeded("p", "d")
+        fail(pairs, 0.0)
+    pairs.begin("p", "d").succeeded()
     assert pairs.schedulable(0.0)
-    pairs.handover_failed("p", "d", 0.0, "corrupt")
+    fail(pairs, 0.0)
     assert pairs.schedulable(0.5)
 
 
+def test_one_break_is_one_failure_however_many_hand_overs_it_meets() -> None:
+    pairs = connected()
+    under_way = [pairs.begin("p", "d") for _ in range(20)]
+    for late, one in enumerate(under_way):
+        one.failed(0.01 * late, "peer_lost")
+    assert pairs.schedulable(0.5)
+
+
+def test_behind_a_failure_one_hand_over_at_a_time_tries_the_pair() -> None:
+    pairs = connected()
+    earlier = pairs.begin("p", "d")
+    fail(pairs, 0.0)
+    probe = pairs.begin("p", "d")
+    assert not pairs.schedulable(1.0), "a second one may not start before it is known what became of the first"
+    earlier.succeeded()
+    earlier.given_up()
+    assert not pairs.schedulable(1.0), "what began before the failure says nothing of the pair since"
+    probe.given_up()
+    assert pairs.schedulable(1.0)
+    assert pairs.all()[0].failures == 1
+    probe = pairs.begin("p", "d")
+    probe.succeeded()
+    probe.failed(1.0, "late")
+    assert pairs.schedulable(1.0)
+    assert pairs.all()[0].failures == 0
+
+
 def test_a_lost_worker_takes_its_pairs_along() -> None:
-    pairs = table()
+    pairs = connected()
     pairs.introduce(hello("p"), hello("d2"))
+    under_way = pairs.begin("p", "d")
     pairs.drop_worker("d")
     assert [(pair.prefill, pair.decode) for pair in pairs.all()] == [("p", "d2")]
     pairs.report("p", "d", "connected", "")
-    pairs.handover_failed("p", "d", 0.0, "late")
+    under_way.failed(0.0, "late")
     assert not pairs.schedulable(0.0)
