@@ -30,7 +30,7 @@ class Admission:
 
     @property
     def queued(self) -> int:
-        return sum(not turn.done() for turn in self._queue) + self.parked
+        return len(self._queue) + self.parked
 
     async def acquire(self) -> None:
         """Take a slot, waiting for one in the queue. Raises Overloaded at once when the queue is full."""
@@ -43,8 +43,10 @@ class Admission:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if not turn.cancelled():
                 self._hand_on()
+            elif turn in self._queue:
+                self._queue.remove(turn)
             raise
 
     def release(self, held_s: float) -> None:

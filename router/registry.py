@@ -155,10 +155,12 @@ class Registry:
             _log.error("%s cannot hand over to %s: %s", pair.prefill, pair.decode, pair.message)
 
     def on_lost(self, session: WorkerSession) -> None:
-        if self._sessions.get(session.worker_id) is session:
-            del self._sessions[session.worker_id]
-            self.pairs.drop_worker(session.worker_id)
-            self._metrics.on_worker_lost(session.worker_id, session.hello.role)
+        """A session that another one of the same worker has replaced takes nothing along."""
+        if self._sessions.get(session.worker_id) is not session:
+            return
+        del self._sessions[session.worker_id]
+        self.pairs.drop_worker(session.worker_id)
+        self._metrics.on_worker_lost(session.worker_id, session.hello.role)
         for other in self.sessions:
             if session.hello.role == "decode" and other.hello.role == "prefill":
                 other.send(pb.RouterFrame(disconnect_peer=pb.DisconnectPeer(worker_id=session.worker_id)))

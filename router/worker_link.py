@@ -67,9 +67,14 @@ class WorkerLink:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _keep_attached(self) -> None:
+        """A defect met in a session costs that session, not the address."""
         backoff_s = _FIRST_BACKOFF_S
         while not self._closed:
-            attached = await self._attach_once()
+            try:
+                attached = await self._attach_once()
+            except Exception as defect:  # noqa: BLE001
+                _log.error("a defect in the router ended the session with %s", self.address, exc_info=defect)
+                self.last_error, attached = f"internal error: {defect!r}", False
             backoff_s = _FIRST_BACKOFF_S if attached else min(backoff_s * 2, _MAX_BACKOFF_S)
             await asyncio.sleep(backoff_s)
 
@@ -104,9 +109,9 @@ class WorkerLink:
         return await _read_hello(call)
 
     async def _serve(self, call: AttachCall, session: WorkerSession) -> None:
-        self._observer.on_attached(session)
-        self.last_error = ""
         try:
+            self._observer.on_attached(session)
+            self.last_error = ""
             reason = await session.run(call, self._settings.heartbeat_interval_s, self._settings.heartbeat_timeout_s)
             self.last_error = reason
             _log.warning("worker %s at %s is lost: %s", session.worker_id, self.address, reason)

@@ -231,6 +231,8 @@ async def _frames(call: AttachCall) -> AsyncIterator[pb.WorkerFrame]:
 
 
 def _why_ended(task: asyncio.Task[str]) -> str:
+    if task.cancelled():
+        return "the stream was cancelled"
     error = task.exception()
     if error is None:
         return task.result()

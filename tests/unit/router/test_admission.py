@@ -50,11 +50,23 @@ async def test_a_cancelled_waiter_costs_no_slot() -> None:
     waiters = [asyncio.create_task(admission.acquire()) for _ in range(2)]
     await asyncio.sleep(0)
     waiters[0].cancel()
-    assert admission.queued == 1
     admission.release(0.1)
     await waiters[1]
+    assert admission.queued == 0
     admission.release(0.1)
     assert (admission.running, admission.queued) == (0, 0)
+
+
+async def test_waiters_that_left_are_not_kept_until_a_slot_is_free() -> None:
+    admission = Admission(1, 5)
+    await admission.acquire()
+    for _ in range(100):
+        waiter = asyncio.create_task(admission.acquire())
+        await asyncio.sleep(0)
+        assert admission.queued == 1
+        waiter.cancel()
+        await asyncio.gather(waiter, return_exceptions=True)
+    assert admission.queued == len(admission._queue) == 0
 
 
 async def test_a_waiter_cancelled_after_its_turn_came_hands_the_slot_on() -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import pytest
+
+from baton.common.clock import MonotonicClock
 from protos import worker_pb2 as wpb
 from router.registry import Member
+from router.worker_session import WorkerSession
 from tests.support.fake_worker import LAYOUT, FakeWorker, answer, pair_of_answers
 from tests.unit.router.conftest import Served, serving
 
@@ -128,3 +132,36 @@ async def test_members_may_be_set_from_another_thread_and_taken_away(workers: li
     registry.set_members([])
     await served.until(lambda: not registry.sessions)
     assert (await served.http.get("/v1/workers")).json() == {"workers": [], "pairs": []}
+
+
+async def test_a_session_that_was_replaced_does_not_disconnect_its_successor(
+    workers: list[FakeWorker], served: Served
+) -> None:
+    """The address of a worker is taken away and given back before its old stream has ended."""
+    prefill, decode = pair_of_answers("p0", "d0")
+    workers.extend((prefill, decode))
+    await served.attach(prefill, decode)
+    registry = served.router.registry
+    (old,) = [session for session in registry.sessions if session.worker_id == "d0"]
+    registry.on_attached(WorkerSession(old.address, old.hello, registry, MonotonicClock()))
+    registry.on_lost(old)
+    await served.until(lambda: registry.snapshot().connected == {("p0", "d0")})
+    assert not prefill.received("disconnect_peer")
+
+
+async def test_a_defect_in_a_session_does_not_take_the_address_out_of_the_cluster(
+    workers: list[FakeWorker], served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, attached = served.router.registry, served.router.registry.on_attached
+    seen: list[str] = []
+
+    def defective_once(session: WorkerSession) -> None:
+        seen.append(session.worker_id)
+        if len(seen) == 1:
+            raise KeyError("a defect")
+        attached(session)
+
+    monkeypatch.setattr(registry, "on_attached", defective_once)
+    workers.append(FakeWorker("d0", script=answer))
+    await served.attach(*workers)
+    assert seen == ["d0", "d0"]
