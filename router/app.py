@@ -16,10 +16,11 @@ from router.api_answers import CompletionAnswerBody, ModelList, Readiness, Repor
 from router.body_limit import BodyLimit
 from router.chat import Chat
 from router.chat_routes import add_chat, add_tokenize
+from router.choice import Choice
 from router.completion_answer import CompletionAnswer
 from router.completions import Completions
 from router.dispatcher import Dispatcher
-from router.event_stream import ClientGone
+from router.event_stream import ClientGone, unless_gone
 from router.health import health, is_ready, workers
 from router.openai_errors import error_response, http_error
 from router.openai_schema import CompletionRequest, checked
@@ -65,9 +66,7 @@ def build_app(services: Services, max_body_bytes: int) -> FastAPI:
 def _add_completions(app: FastAPI, document: Document, services: Services) -> None:
     @app.post("/v1/completions", **document.generation(CompletionRequest, CompletionAnswerBody))
     async def completions(request: Request) -> Response:
-        read = await services.reader.completion(await request.body())
-        body = checked({**read.fields, "prompt": read.prompt})
-        choices = await services.completions.start(body)
+        body, choices = await unless_gone(_start(services, await request.body()), request.receive)
         answer = CompletionAnswer(body, choices, services.submitter.tokenizer)
         return await respond(request, answer, stream=bool(body.stream))
 
@@ -82,6 +81,12 @@ def _add_completions(app: FastAPI, document: Document, services: Services) -> No
             "max_model_len": services.submitter.max_model_len or None,
         }
         return JSONResponse({"object": "list", "data": [card]})
+
+
+async def _start(services: Services, content: bytes) -> tuple[CompletionRequest, list[Choice]]:
+    read = await services.reader.completion(content)
+    body = checked({**read.fields, "prompt": read.prompt})
+    return body, await services.completions.start(body)
 
 
 def _add_requests(app: FastAPI, document: Document, services: Services) -> None:

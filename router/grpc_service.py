@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import NoReturn
@@ -19,6 +20,7 @@ from router.grpc_errors import to_status
 from router.grpc_request import read_request
 from router.submitter import Submitter
 
+_log = logging.getLogger("baton.router")
 Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 
 
@@ -43,6 +45,9 @@ class InferenceService(pb_grpc.InferenceServicer):
                     yield await answer.message(choice, delta)
         except BatonError as error:
             await _abort(context, error)
+        except Exception:  # noqa: BLE001
+            _log.exception("a defect in the router ended a call")
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
         finally:
             close(choices)
 

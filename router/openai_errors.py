@@ -17,14 +17,13 @@ from baton.common.errors import (
 )
 from router.types import ReaderTooSlow, RequestCancelled
 
-_KINDS: tuple[tuple[type[BatonError], int, str], ...] = (
-    (ModelNotFound, 404, "invalid_request_error"),
-    (InvalidRequest, 400, "invalid_request_error"),
-    (Overloaded, 429, "rate_limit_error"),
-    (Unavailable, 503, "service_unavailable_error"),
-    (DeadlineExceeded, 504, "timeout_error"),
-    (ReaderTooSlow, 503, "service_unavailable_error"),
-    (RequestCancelled, 499, "request_cancelled"),
+_KINDS: tuple[tuple[type[BatonError], int, str, str], ...] = (
+    (Overloaded, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (Unavailable, 503, "server_error", "service_unavailable"),
+    (DeadlineExceeded, 504, "server_error", "timeout"),
+    (ReaderTooSlow, 503, "server_error", "reader_too_slow"),
+    (RequestCancelled, 499, "invalid_request_error", "request_cancelled"),
+    (BatonError, 500, "server_error", "internal_error"),
 )
 
 
@@ -34,10 +33,11 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 
 def describe(error: BatonError) -> tuple[int, dict[str, object]]:
     """HTTP status and body of an error."""
-    status, kind = next(((s, k) for cls, s, k in _KINDS if isinstance(error, cls)), (500, "internal_error"))
-    param = error.param if isinstance(error, InvalidRequest) else None
-    code = error.code if isinstance(error, InvalidRequest) else kind.removesuffix("_error")
-    return status, error_body(str(error), kind, param, code)
+    if isinstance(error, InvalidRequest):
+        status = 404 if isinstance(error, ModelNotFound) else 400
+        return status, error_body(str(error), "invalid_request_error", error.param, error.code)
+    status, kind, code = next(known[1:] for known in _KINDS if isinstance(error, known[0]))
+    return status, error_body(str(error), kind, None, code)
 
 
 def error_response(error: BatonError) -> JSONResponse:
@@ -50,5 +50,5 @@ def error_response(error: BatonError) -> JSONResponse:
 
 def http_error(status: int, message: str, code: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error of HTTP itself: unknown route, wrong method, body too large."""
-    kind = "invalid_request_error" if status < 500 else "internal_error"
+    kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse(error_body(message, kind, None, code), status, headers)

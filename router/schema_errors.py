@@ -33,4 +33,5 @@ def _invalid(error: ValidationError, unsupported: type[BaseModel] | None) -> Inv
         return InvalidRequest(f"{param} is not supported by this server", param, "unsupported_parameter")
     if first["type"] == "missing":
         return InvalidRequest(f"{param} is required", param, "missing_required_parameter")
-    return InvalidRequest(f"{param}: {first['msg']}", param)
+    code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
+    return InvalidRequest(f"{param}: {first['msg']}", param, code)

@@ -137,6 +137,18 @@ async def test_a_bad_body_is_refused_by_name_and_reaches_nobody(
     assert not worker.received("generate")
 
 
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [({"max_tokens": "3"}, "invalid_type"), ({"stream": 1}, "invalid_type"), ({"top_p": 1.1}, "invalid_value")],
+)
+async def test_a_wrong_type_and_a_wrong_value_have_codes_of_their_own(
+    shared: tuple[Served, FakeWorker], fields: dict[str, object], code: str
+) -> None:
+    response = await shared[0].http.post("/v1/completions", content=body(**fields))
+    assert response.json()["error"]["code"] == code
+
+
 async def test_the_length_limit_is_named(workers: list[FakeWorker], served: Served) -> None:
     """The pool (8 blocks of 16) is smaller than the model's 512."""
     workers.append(FakeWorker("d0", script=answer, num_blocks=8))

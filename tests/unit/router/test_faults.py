@@ -16,7 +16,9 @@ from grpc_status import rpc_status
 
 from protos import inference_pb2 as pb
 from protos import worker_pb2 as wpb
-from tests.support.fake_worker import FakeWorker, answer, emit, expected_tokens, pair_of_answers
+from router.completions import Completions
+from router.reader.pool import RequestReader
+from tests.support.fake_worker import WAIT_S, FakeWorker, answer, emit, expected_tokens, pair_of_answers
 from tests.unit.router.conftest import MODEL, Served, serving
 
 TOKENS = expected_tokens(3, 8)
@@ -51,6 +53,13 @@ async def next_token_ids(call: Any) -> list[int]:
 
 def ask(served: Served) -> asyncio.Task[httpx.Response]:
     return asyncio.create_task(served.complete(max_tokens=8, return_token_ids=True))
+
+
+def kind_and_code(response: httpx.Response) -> tuple[str, str]:
+    """Of an error, as OpenAI's API has them."""
+    error = response.json()["error"]
+    assert error["param"] is None
+    return error["type"], error["code"]
 
 
 def token_ids(response: httpx.Response) -> list[int]:
@@ -266,6 +275,25 @@ async def test_an_error_after_the_first_token_is_an_event_of_the_stream(
     assert data[-1] == "[DONE]"
 
 
+@pytest.mark.parametrize("over", ["HTTP", "gRPC"])
+async def test_a_defect_is_an_internal_error_that_tells_nothing(
+    served: Served, monkeypatch: pytest.MonkeyPatch, over: str
+) -> None:
+    async def defective(*_: object) -> None:
+        raise KeyError("of the router's own")
+
+    monkeypatch.setattr(Completions, "start", defective)
+    if over == "HTTP":
+        response = await served.complete()
+        assert response.status_code == 500
+        assert kind_and_code(response) == ("server_error", "internal_error")
+        assert response.json()["error"]["message"] == "internal error"
+    else:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await tokens_of(served.grpc.Generate(request()))
+        assert (error.value.code(), error.value.details()) == (grpc.StatusCode.INTERNAL, "internal error")
+
+
 # ---- failed hand-overs
 
 
@@ -394,7 +422,7 @@ async def test_when_nobody_may_wait_a_full_worker_is_a_429_with_retry_after(work
         response = await ask(served)
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
-        assert response.json()["error"]["type"] == "rate_limit_error"
+        assert kind_and_code(response) == ("rate_limit_error", "rate_limit_exceeded")
         await served.until(lambda: served.router.registry.snapshot().workers[0].has_room)
         call = served.grpc.Generate(request())
         with pytest.raises(grpc.aio.AioRpcError) as error:
@@ -477,7 +505,7 @@ async def test_a_lease_waits_until_the_prefill_worker_has_little_queued(workers:
 async def test_without_any_worker_the_answer_is_503(served: Served) -> None:
     response = await ask(served)
     assert response.status_code == 503
-    assert response.json()["error"]["type"] == "service_unavailable_error"
+    assert kind_and_code(response) == ("server_error", "service_unavailable")
 
 
 async def test_a_request_outlives_a_moment_without_members(workers: list[FakeWorker], served: Served) -> None:
@@ -578,6 +606,36 @@ async def test_a_client_that_hangs_up_before_the_first_token_frees_the_worker(
     await both_are_told(served, workers, key)
 
 
+@pytest.mark.parametrize(
+    ("path", "method", "body"),
+    [
+        ("/v1/completions", "completion", {"prompt": "a"}),
+        ("/v1/chat/completions", "chat", {"messages": []}),
+        ("/tokenize", "to_tokenize", {"prompt": "a"}),
+        ("/detokenize", "to_detokenize", {"tokens": [1]}),
+    ],
+)
+async def test_a_client_that_hangs_up_while_its_request_is_read_ends_the_reading(
+    served: Served, monkeypatch: pytest.MonkeyPatch, path: str, method: str, body: dict[str, object]
+) -> None:
+    began, ended = asyncio.Event(), asyncio.Event()
+
+    async def endless(_reader: RequestReader, _body: bytes) -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(RequestReader, method, endless)
+    async with httpx.AsyncClient(base_url=str(served.http.base_url), timeout=10) as client:
+        asking = asyncio.create_task(client.post(path, json={"model": MODEL, **body}))
+        await asyncio.wait_for(began.wait(), WAIT_S)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    await asyncio.wait_for(ended.wait(), WAIT_S)
+
+
 async def test_a_client_that_hangs_up_while_queued_leaves_the_queue(workers: list[FakeWorker]) -> None:
     workers.append(FakeWorker("d0"))
     async with serving(router={"max_concurrent": 1}) as served:
@@ -600,7 +658,7 @@ async def test_the_request_timeout_is_a_504_and_frees_the_worker(workers: list[F
         await served.attach(*workers)
         response = await ask(served)
         assert response.status_code == 504
-        assert response.json()["error"]["type"] == "timeout_error"
+        assert kind_and_code(response) == ("server_error", "timeout")
         await both_are_told(served, workers, workers[0].received("generate")[0].key)
 
 
