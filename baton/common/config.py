@@ -58,7 +58,9 @@ class EngineConfig(_Section):
     `overlap`: plan and launch a step while the one before still computes; None: on a GPU only. `launch_lead_s`: with
     overlap, and while a hand-over is expected, a step is launched so long before the one before should end, to take in
     what arrives meanwhile; None: at once. `decode_graphs`: run steps that only decode as captured CUDA graphs where
-    there is a GPU. `load_format` random: the weights are drawn, the model's directory needs none; for measurements.
+    there is a GPU. `prefill_graph_tokens`: the same for steps of at most so many tokens that hold a prompt or a part of
+    one, whose KV is then announced at the end of the step; 0: none. `load_format` random: the weights are drawn, the
+    model's directory needs none; for measurements.
     """
 
     dtype: DType = "auto"
@@ -73,6 +75,7 @@ class EngineConfig(_Section):
     overlap: bool | None = None
     launch_lead_s: float | None = Field(None, ge=0)
     decode_graphs: bool = True
+    prefill_graph_tokens: int = Field(0, ge=0, le=4096)
     cpu_threads: int = Field(1, ge=1)
 
 
@@ -82,7 +85,8 @@ class TransferConfig(_Section):
     `backend` "auto" is NCCL between GPUs and gloo between CPUs; the decode worker's choice counts. `window` messages of
     `slot_bytes` may be in flight, which is the staging memory of a pair at either end.
     `layer_groups`: in how many parts a prefill step's KV is announced; 0 adapts them to compute and link.
-    `max_ctas` bounds the multiprocessors that NCCL takes. Memory for `num_pairs` connections is set aside on a GPU.
+    `max_ctas` bounds the multiprocessors that NCCL takes. `num_pairs` connections of a worker are made when workers
+    register, and on a GPU memory is set aside for them; further ones are made at their first hand-over.
     `peer_share`: how much of its KV a prefill worker holds at most for one decode worker while it has several.
     """
 

@@ -127,7 +127,8 @@ def _runner(
 
     def make_runner(kv_cache: torch.Tensor) -> Runner:
         runner = Runner(model, kv_cache, layout, parts.backend, parts.sampler, config.max_num_seqs)
-        runner.decode_path = parts.make_decode_path(runner, config, max_model_len)
+        paths = parts.make_step_paths(runner, config, max_model_len)
+        runner.decode_path, runner.prefill_path = paths.decode, paths.prefill
         return runner
 
     if config.num_blocks is not None:

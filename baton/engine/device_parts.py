@@ -12,32 +12,41 @@ from baton.common.config import EngineConfig
 from baton.engine.attention.base import AttentionBackend
 from baton.engine.attention.factory import make_backend
 from baton.engine.decode_path import DecodePath
+from baton.engine.prefill_path import PrefillPath
 from baton.engine.runner import Runner
 from baton.engine.sampler import TokenSampler, TorchSampler
 
 
-class MakeDecodePath(Protocol):
-    def __call__(self, runner: Runner, config: EngineConfig, max_model_len: int) -> DecodePath | None: ...
+@dataclass(frozen=True, slots=True)
+class StepPaths:
+    """Faster ways for some steps, None where there is none."""
+
+    decode: DecodePath | None
+    prefill: PrefillPath | None
+
+
+class MakeStepPaths(Protocol):
+    def __call__(self, runner: Runner, config: EngineConfig, max_model_len: int) -> StepPaths: ...
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceParts:
     backend: AttentionBackend
     sampler: TokenSampler
-    make_decode_path: MakeDecodePath
+    make_step_paths: MakeStepPaths
 
 
 def make_device_parts(device: torch.device) -> DeviceParts:
     """Triton kernels and CUDA graphs on a GPU, plain torch elsewhere."""
     backend = make_backend(device)
     if device.type != "cuda":
-        return DeviceParts(backend, TorchSampler(), _no_decode_path)
+        return DeviceParts(backend, TorchSampler(), _no_step_paths)
     # Imported by name: a CPU build of torch comes without Triton, and only this branch needs it.
     sampler: TokenSampler = importlib.import_module("baton.engine.cuda.sampler").TritonSampler(device)
-    make_decode_path: MakeDecodePath = importlib.import_module("baton.engine.cuda.decode_graphs").make_decode_graphs
-    return DeviceParts(backend, sampler, make_decode_path)
+    make_step_paths: MakeStepPaths = importlib.import_module("baton.engine.cuda.step_paths").make_step_paths
+    return DeviceParts(backend, sampler, make_step_paths)
 
 
-def _no_decode_path(runner: Runner, config: EngineConfig, max_model_len: int) -> DecodePath | None:
+def _no_step_paths(runner: Runner, config: EngineConfig, max_model_len: int) -> StepPaths:
     del runner, config, max_model_len
-    return None
+    return StepPaths(None, None)

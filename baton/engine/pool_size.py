@@ -62,7 +62,7 @@ def measured_num_blocks(
     device: torch.device,
     reserved_bytes: int,
 ) -> int:
-    """What the GPU has left for the cache beside weights, decode graphs, the largest step and what must stay free.
+    """What the GPU has left for the cache beside weights, graphs, the largest step and what must stay free.
 
     `reserved_bytes` stay free for what is allocated later by others.
 
@@ -77,7 +77,7 @@ def measured_num_blocks(
     free, total = torch.cuda.mem_get_info(device)
     taken = step_bytes + graph_bytes + reserved_bytes
     room = int(total * config.gpu_memory_utilization) - (total - free) - taken
-    used = "GPU memory: %d of %d bytes free, the largest step takes %d, decode graphs take %d, connections %d"
+    used = "GPU memory: %d of %d bytes free, the largest step takes %d, graphs take %d, connections %d"
     logger.info(used, free, total, step_bytes, graph_bytes, reserved_bytes)
     if room < layout.block_bytes:
         message = f"{config.gpu_memory_utilization} of the memory of {device} leaves nothing for the KV cache: raise it"
@@ -88,7 +88,7 @@ def measured_num_blocks(
 def _measure(
     make_runner: MakeRunner, layout: KVLayout, config: EngineConfig, max_model_len: int, device: torch.device
 ) -> tuple[int, int]:
-    """Bytes of the largest step and of all decode graphs, taken on a cache that is just large enough."""
+    """Bytes of the largest step and of all graphs, taken on a cache that is just large enough."""
     batch = _profiling_batch(config, max_model_len)
     runner = make_runner(layout.allocate(batch.block_tables.shape[1], device))
     torch.cuda.synchronize(device)
@@ -97,8 +97,9 @@ def _measure(
     runner.profile(batch)
     torch.cuda.synchronize(device)
     step_bytes = torch.cuda.max_memory_allocated(device) - before
-    decode_path, runner.decode_path = runner.decode_path, None
-    return step_bytes, decode_path.measure() if decode_path is not None else 0
+    paths = (runner.prefill_path, runner.decode_path)
+    runner.prefill_path = runner.decode_path = None
+    return step_bytes, sum(path.measure() for path in paths if path is not None)
 
 
 def _profiling_batch(config: EngineConfig, max_model_len: int) -> Batch:

@@ -18,6 +18,7 @@ from baton.engine.kv_layout import KVLayout
 from baton.engine.logit_edits import LogitEditor
 from baton.engine.logprobs import StepLogprobs
 from baton.engine.models.decoder import Decoder
+from baton.engine.prefill_path import PrefillPath
 from baton.engine.request import Request
 from baton.engine.sampler import TokenSampler, TorchSampler
 from baton.engine.staging import PendingTokens, make_staging
@@ -40,7 +41,8 @@ class Runner:
 
     `kv_cache`: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]. Other threads may read blocks that were
     announced to them, after the event that came with the announcement. At most `max_draws` rows are drawn in a step.
-    `decode_path`, set once by the builder where the device has one, runs steps that only decode.
+    `decode_path` and `prefill_path`, set once by the builder where the device has them, run steps that only decode and
+    short ones that hold prompts.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Runner:
         self.vocab_size = model.config.vocab_size
         self.draws = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
         self.decode_path: DecodePath | None = None
+        self.prefill_path: PrefillPath | None = None
         self.backend = backend
         self.sampler = sampler
         self._device = model.device
@@ -77,7 +80,7 @@ class Runner:
     @torch.inference_mode()
     def launch(self, step: ScheduledStep, groups: LayerGroups, on_layer_group: OnLayerGroup) -> LaunchedStep:
         """Start a step. After the last layer of each of `groups` has been launched,
-        `on_layer_group(layer_start, layer_end, event)` is called; the event fires when it is computed.
+        `on_layer_group(layer_start, layer_end, event)` is called; the event fires when it is computed, or later.
         """
         logprobs = StepLogprobs()
         is_plain = all(request.sampling.is_plain for request in step.decodes)
@@ -85,7 +88,7 @@ class Runner:
             num_drawn = len(step.decodes)
             self.decode_path.launch(step.decodes)
         else:
-            num_drawn = self._launch_eagerly(step, groups, on_layer_group, logprobs)
+            num_drawn = self._launch_with_prompts(step, groups, on_layer_group, logprobs)
         tokens = self._staging.read_back(self.draws[:num_drawn])
         return LaunchedStep(tokens, logprobs)
 
@@ -109,16 +112,32 @@ class Runner:
         sources, targets = torch.tensor(copies, dtype=torch.int64).to(self._device, non_blocking=True).T
         self.kv_cache.index_copy_(2, targets, self.kv_cache.index_select(2, sources))
 
-    def _launch_eagerly(
+    def _launch_with_prompts(
         self, step: ScheduledStep, groups: LayerGroups, on_layer_group: OnLayerGroup, logprobs: StepLogprobs
     ) -> int:
         if self.decode_path is not None:
             self.decode_path.forget_last()
         if step.copies:
             self._copy_blocks(step.copies)
+        batch = build_batch(step, self.layout.block_size, self._tables)
+        if self.prefill_path is None or not self.prefill_path.takes(step):
+            return self._launch_eagerly(step, batch, groups, on_layer_group, logprobs)
+        num_drawn = self.prefill_path.launch(step, batch)
+        event = self._record_event() if groups else None
+        for layer_start, layer_end in groups:
+            on_layer_group(layer_start, layer_end, event)
+        return num_drawn
+
+    def _launch_eagerly(
+        self,
+        step: ScheduledStep,
+        batch: Batch,
+        groups: LayerGroups,
+        on_layer_group: OnLayerGroup,
+        logprobs: StepLogprobs,
+    ) -> int:
         sampled = step.sampled()
         after_layer = self._after_layer(groups, on_layer_group) if groups else None
-        batch = build_batch(step, self.layout.block_size, self._tables)
         hidden, logits, tokens = self._compute(batch, sampled, after_layer)
         first_rows = batch.cu_seqlens_q[batch.num_decodes :].tolist()
         logprobs.add_prompts(hidden, list(zip(step.prefills, first_rows, strict=False)), self.model.logits)
@@ -154,7 +173,7 @@ class Runner:
             fresh_rows=batch.fresh_rows,
         )
         if (batch.draw_rows >= 0).any():
-            input_ids[: batch.num_decodes] = self._known(input_ids[: batch.num_decodes], draw_rows)
+            input_ids[: batch.num_decodes] = self.known_tokens(input_ids[: batch.num_decodes], draw_rows)
         hidden = self.model.forward(input_ids, positions, self.kv_cache, meta, self.backend, after_layer)
         if not sampled:
             return hidden, hidden[:0], self.draws[:0]
@@ -167,7 +186,8 @@ class Runner:
         sampler = self._min_p_sampler if has_min_p else self.sampler
         return sampler.sample(edited, sampled, positions)
 
-    def _known(self, input_ids: torch.Tensor, draw_rows: torch.Tensor) -> torch.Tensor:
+    def known_tokens(self, input_ids: torch.Tensor, draw_rows: torch.Tensor) -> torch.Tensor:
+        """`input_ids`, where `draw_rows` is not -1 with the draws at these rows instead. int64 [num_decodes] each."""
         # A draw from logits that were not finite is negative; its sequence ends, but this step must not read outside.
         drawn = self.draws[draw_rows.clamp(min=0)].clamp(min=0)
         return torch.where(draw_rows >= 0, drawn, input_ids)

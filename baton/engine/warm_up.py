@@ -30,6 +30,8 @@ def warm_up(runner: Runner, max_num_seqs: int, prompt_lengths: Iterable[int] = (
     runner.profile(harmless_batch(1, num_prefills=1))
     for length in prompt_lengths:
         runner.profile(harmless_batch(0, num_prefills=1, prompt_tokens=length))
+    if runner.prefill_path is not None:
+        runner.prefill_path.prepare()
     if runner.decode_path is not None:
         runner.decode_path.prepare()
     logger.info("kernels ready after %.1f s", time.monotonic() - started)

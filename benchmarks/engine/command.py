@@ -40,6 +40,7 @@ def bench_engine(
     block_size: Annotated[int, Flag()] = 16,
     overlap: Annotated[bool, Flag(help="Launch a step before the one before is read back.")] = True,
     decode_graphs: Annotated[bool, Flag(help="Run decode steps as CUDA graphs.")] = True,
+    prefill_graph_tokens: Annotated[int, Flag(min=0, help="Run steps with prompts up to this size as graphs.")] = 0,
 ) -> None:
     """Step times and throughput of the engine alone, beside their floors, on one GPU."""
     parts = part or list(PARTS)
@@ -58,6 +59,7 @@ def bench_engine(
             "prefix_cache": False,
             "overlap": overlap,
             "decode_graphs": decode_graphs,
+            "prefill_graph_tokens": prefill_graph_tokens,
         }
     )
     with tempfile.TemporaryDirectory() as directory:

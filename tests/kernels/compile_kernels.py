@@ -94,8 +94,9 @@ def attention(tuning: Tuning, head_dim: int, block_size: int, group: int, dtype:
         "PRECISION": precision,
     }
     prefill = tuning.prefill(head_dim, real)
-    constants = {**common, "BLOCK_M": prefill.block_m, "BLOCK_N": prefill.block_n}
-    yield Variant(prefill_attention_kernel, constants, dtype, prefill.num_warps, prefill.num_stages)
+    for num_seqs_pad in (0, 16):
+        constants = {**common, "NUM_SEQS_PAD": num_seqs_pad, "BLOCK_M": prefill.block_m, "BLOCK_N": prefill.block_n}
+        yield Variant(prefill_attention_kernel, constants, dtype, prefill.num_warps, prefill.num_stages)
     decode = tuning.decode(head_dim, 8, real)
     constants = {**common, "GROUP_PAD": 16, "NUM_HEADS": 8 * group, "BLOCK_N": decode.block_n, "NUM_SEQS_PAD": 128}
     yield Variant(decode_attention_kernel, constants, dtype, decode.num_warps, decode.num_stages)

@@ -6,6 +6,11 @@ of the first `num_decodes` owns token row `i`, and `num_tokens == num_decodes + 
 
 Padding is a decode row with context length 0 and slot -1: nothing is stored for it and its output is zero. Its position
 must still be a valid row of the rotary table; its block table may hold anything.
+
+In a padded batch (`is_padded`) the numbers of sequences and tokens are upper bounds, and what there is of them is known
+on the device only. Decodes that are not there have context length 0 and no row in `cu_seqlens_q`: prefill rows follow
+the last decode that is there. Segments that are not there have no row either. Rows beyond the last segment have slot -1
+and a valid position, and their output is anything.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ class AttentionMetadata:
     slot_mapping: int64 [num_tokens], block * block_size + offset of a token; -1: not stored
     max_seqlen_q: longest prefill segment (1 when there is none); an upper bound is enough
     fresh_rows: token rows [start, end) of every prefill segment, if none of them has a context before it; else empty
+    is_padded: see above; `num_prefill_tokens` is then at least the number of all new tokens
     """
 
     cu_seqlens_q: torch.Tensor
@@ -37,6 +43,7 @@ class AttentionMetadata:
     num_prefills: int
     num_decodes: int
     fresh_rows: tuple[tuple[int, int], ...] = ()
+    is_padded: bool = False
 
     @property
     def num_seqs(self) -> int:

@@ -1,7 +1,7 @@
 """Attention through the Triton kernels: the backend of GPU workers. Stateless but for the device's tuning table.
 
 Launches on the current stream, never synchronises; `attend` is legal in a CUDA graph as long as the batch holds decode
-rows only.
+rows only or is padded.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class TritonBackend:
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         num_kv_heads, head_dim = layer_kv.shape[3:]
+        # Decodes first: the rows of those that are not there in a padded batch belong to prefills.
         if meta.num_decodes:
             config = self._tuning.decode(head_dim, num_kv_heads, q.dtype)
             decode_attention(q, layer_kv, out, meta.context_lens, meta.block_tables, meta.num_decodes, scale, config)
@@ -66,5 +67,6 @@ class TritonBackend:
                 meta.max_seqlen_q,
                 scale,
                 self._tuning.prefill(head_dim, q.dtype),
+                meta.num_prefill_tokens if meta.is_padded else 0,
             )
         return out

@@ -11,21 +11,19 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 
 import numpy as np
 import torch
 
-from baton.common.config import EngineConfig
-from baton.engine.attention.base import AttentionBackend, AttentionMetadata
+from baton.engine.attention.base import AttentionMetadata
 from baton.engine.batch import ScheduledStep, draw_row
 from baton.engine.cuda.block_tables import BlockTableRows
+from baton.engine.cuda.graph_pool import Captured, GraphPool
 from baton.engine.kernels.decode_inputs import DecodeInputs, decode_inputs
 from baton.engine.kernels.greedy import greedy_tokens
 from baton.engine.request import Request
 from baton.engine.runner import Runner
-from baton.engine.sampler import TokenSampler
 from baton.engine.staging import CudaStaging
 
 logger = logging.getLogger(__name__)
@@ -37,33 +35,13 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
 
 
-def make_decode_graphs(runner: Runner, config: EngineConfig, max_model_len: int) -> DecodeGraphs | None:
-    """None when the configuration switches them off."""
-    if not config.decode_graphs:
-        return None
-    max_blocks = -(-max_model_len // config.block_size)
-    return DecodeGraphs(runner, runner.backend, runner.sampler, config.max_num_seqs, max_blocks)
-
-
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    """`logits`: [size, vocab_size], in the graph's memory; valid until any graph runs again."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor
-
-
 class DecodeGraphs:
     """Implements `DecodePath`."""
 
-    def __init__(
-        self, runner: Runner, backend: AttentionBackend, sampler: TokenSampler, max_num_seqs: int, max_blocks: int
-    ) -> None:
+    def __init__(self, runner: Runner, pool: GraphPool, max_num_seqs: int, max_blocks: int) -> None:
         device = runner.model.device
         self._runner = runner
-        self._backend = backend
-        self._sampler = sampler
-        self._device = device
+        self._pool = pool
         self._block_size = runner.layout.block_size
         self._sizes = graph_sizes(max_num_seqs)
         self._staging = CudaStaging(device, 0)
@@ -72,8 +50,7 @@ class DecodeGraphs:
         self._records = torch.zeros(4 * max_num_seqs, dtype=torch.int64, device=device)
         self._inputs = DecodeInputs.allocate(max_num_seqs, max_blocks, device)
         self._starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[int, Captured] = {}
         self._last: tuple[Request, ...] = ()
         self._last_records = np.zeros((4, 0), dtype=np.int64)
 
@@ -81,29 +58,14 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def measure(self) -> int:
-        """The two largest graphs: the first takes the pool's memory, the second what each further one adds."""
-        free = [self._free_bytes()]
-        for size in self._sizes[:-3:-1]:
-            self._capture(size)
-            free.append(self._free_bytes())
-        self._captured.clear()
-        first, *others = (before - after for before, after in pairwise(free))
-        return max(0, first) + max(0, *others, 0) * (len(self._sizes) - 1)
+        return self._pool.measure([partial(self._compute, size) for size in self._sizes[:-3:-1]], len(self._sizes))
 
     @torch.inference_mode()
     def prepare(self) -> None:
         started = time.monotonic()
         for size in reversed(self._sizes):
-            self._capture(size)
+            self._captured[size] = self._pool.capture(partial(self._compute, size))
         logger.info("%d decode graphs captured in %.1f s", len(self._sizes), time.monotonic() - started)
-
-    def _capture(self, size: int) -> None:
-        self._compute(size)  # compiles kernels and lets libraries choose theirs, which a capture must not see
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._compute(size)
-        self._captured[size] = _Captured(graph, logits)
 
     def _compute(self, size: int) -> torch.Tensor:
         runner, inputs = self._runner, self._inputs
@@ -120,15 +82,11 @@ class DecodeGraphs:
             num_decodes=size,
         )
         hidden = runner.model.forward(
-            inputs.input_ids[:size], inputs.positions[:size], runner.kv_cache, meta, self._backend
+            inputs.input_ids[:size], inputs.positions[:size], runner.kv_cache, meta, runner.backend
         )
         logits = runner.model.logits(hidden)
         greedy_tokens(logits, runner.draws[:size])
         return logits
-
-    def _free_bytes(self) -> int:
-        torch.cuda.synchronize(self._device)
-        return torch.cuda.mem_get_info(self._device)[0]
 
     # ---- every step
 
@@ -152,7 +110,7 @@ class DecodeGraphs:
         captured = self._captured[size]
         captured.graph.replay()
         if any(request.sampling.temperature > 0 for request in decodes):
-            tokens = self._sampler.sample(captured.logits[:num_seqs], decodes, records[1, :num_seqs])
+            tokens = self._runner.sampler.sample(captured.output[:num_seqs], decodes, records[1, :num_seqs])
             self._runner.draws[:num_seqs].copy_(tokens)
 
     @torch.inference_mode()

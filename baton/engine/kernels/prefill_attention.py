@@ -1,7 +1,8 @@
 """Causal attention of prompt segments over a paged cache that may already hold a prefix.
 
 A program owns BLOCK_M rows: the query heads of one KV head for BLOCK_M // GROUP consecutive tokens, so each K and V
-tile is read once for the whole group.
+tile is read once for the whole group. Where the lengths are known on the device only, programs find their sequence
+there.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
@@ -17,8 +18,23 @@ from baton.engine.kernels.paged import attend_range, check_cache, dot_precision
 from baton.engine.kernels.tuning import PrefillConfig
 
 
+@triton.jit
+def _flat_tile(cu_seqlens_q_ptr, first_seq, num_seqs, tile, TOKENS: tl.constexpr, NUM_SEQS_PAD: tl.constexpr):
+    """Sequence and first token of a tile when those of all sequences are numbered in a row.
+
+    Tiles beyond the last one begin at or beyond the last sequence's end.
+    """
+    i = tl.arange(0, NUM_SEQS_PAD)
+    starts = cu_seqlens_q_ptr + first_seq + i
+    begin = tl.load(starts, mask=i < num_seqs, other=0)
+    tiles = (tl.load(starts + 1, mask=i < num_seqs, other=0) - begin + TOKENS - 1) // TOKENS
+    seq = tl.sum(((tl.cumsum(tiles) <= tile) & (i < num_seqs)).to(tl.int32))
+    seq = tl.minimum(seq, num_seqs - 1)
+    return first_seq + seq, (tile - tl.sum(tl.where(i < seq, tiles, 0))) * TOKENS
+
+
 # Integers that change from step to step are not specialised: a new class of values would compile again while serving.
-@triton.jit(do_not_specialize=["first_seq", "stride_table"])
+@triton.jit(do_not_specialize=["first_seq", "num_seqs", "stride_table"])
 def prefill_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
     kv_ptr,  # [2, num_blocks, block_size, num_kv_heads, head_dim]
@@ -28,6 +44,7 @@ def prefill_attention_kernel(
     block_tables_ptr,
     scale_log2,
     first_seq,
+    num_seqs,
     stride_q_token,
     stride_q_head,
     stride_out_token,
@@ -35,6 +52,7 @@ def prefill_attention_kernel(
     stride_block,
     stride_slot,
     stride_table,
+    NUM_SEQS_PAD: tl.constexpr,  # 0: a grid over tiles, KV heads and sequences; else over tiles of all and KV heads
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PAD: tl.constexpr,
@@ -45,9 +63,13 @@ def prefill_attention_kernel(
 ):
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(1)
-    seq = first_seq + tl.program_id(2)
     # The last tokens have the longest context: they start first, so that no long program is left for the end.
-    first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    if NUM_SEQS_PAD:
+        seq, first_token = _flat_tile(cu_seqlens_q_ptr, first_seq, num_seqs, tile, TOKENS, NUM_SEQS_PAD)
+    else:
+        seq = first_seq + tl.program_id(2)
+        first_token = tile * TOKENS
     seq_start = tl.load(cu_seqlens_q_ptr + seq)
     num_new = tl.load(cu_seqlens_q_ptr + seq + 1) - seq_start
     if first_token >= num_new:
@@ -104,10 +126,13 @@ def prefill_attention(
     max_seqlen_q: int,
     scale: float,
     config: PrefillConfig,
+    max_new_tokens: int = 0,
 ) -> None:
     """Fill the rows of `out` that belong to sequences [first_seq, num_seqs). No host synchronisation.
 
-    out: like q, contiguous. `max_seqlen_q` is an upper bound of these sequences' new tokens. Raises ValueError.
+    out: like q, contiguous. `max_seqlen_q` is an upper bound of these sequences' new tokens. `max_new_tokens`, unless
+    0, is one of all their new tokens together: the grid then depends on nothing else, so that in a CUDA graph the
+    lengths may change, to none at all. Raises ValueError.
     """
     check_cache(q, layer_kv)
     _, _, block_size, num_kv_heads, head_dim = layer_kv.shape
@@ -120,7 +145,11 @@ def prefill_attention(
     if num_seqs <= 0 or max_seqlen_q <= 0:
         return
     block_m = max(config.block_m, triton.next_power_of_2(group))  # at least one token
-    grid = (triton.cdiv(max_seqlen_q, block_m // group), num_kv_heads, num_seqs)
+    tokens = block_m // group
+    if max_new_tokens:
+        grid = (triton.cdiv(max_new_tokens, tokens) + num_seqs, num_kv_heads, 1)
+    else:
+        grid = (triton.cdiv(max_seqlen_q, tokens), num_kv_heads, num_seqs)
     prefill_attention_kernel[grid](
         q,
         layer_kv,
@@ -130,6 +159,7 @@ def prefill_attention(
         block_tables,
         scale * math.log2(math.e),
         first_seq,
+        num_seqs,
         q.stride(0),
         q.stride(1),
         out.stride(0),
@@ -137,6 +167,7 @@ def prefill_attention(
         layer_kv.stride(1),
         layer_kv.stride(2),
         block_tables.stride(0),
+        NUM_SEQS_PAD=triton.next_power_of_2(num_seqs) if max_new_tokens else 0,
         GROUP=group,
         HEAD_DIM=head_dim,
         HEAD_DIM_PAD=max(16, triton.next_power_of_2(head_dim)),

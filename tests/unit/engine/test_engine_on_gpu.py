@@ -53,8 +53,10 @@ def test_float32_gives_the_tokens_of_the_cpu(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("decode_graphs", [True, False])
-def test_graphs_and_overlap_change_no_token(model_dir: Path, overlap: bool, decode_graphs: bool) -> None:
+@pytest.mark.parametrize(("decode_graphs", "prefill_graph_tokens"), [(True, 0), (False, 0), (True, 64), (False, 50)])
+def test_graphs_and_overlap_change_no_token(
+    model_dir: Path, overlap: bool, decode_graphs: bool, prefill_graph_tokens: int
+) -> None:
     """Batches that grow and shrink through several sizes of graph, draws of both kinds, blocks that are used again."""
 
     def requests() -> list[Request]:
@@ -63,13 +65,15 @@ def test_graphs_and_overlap_change_no_token(model_dir: Path, overlap: bool, deco
 
     settings: dict[str, Any] = {"max_num_seqs": 11, "max_num_batched_tokens": 64, "num_blocks": 48}
     on_cpu = make_harness(model_dir, **settings).generate(*requests())
-    harness = make_gpu_harness(model_dir, overlap=overlap, decode_graphs=decode_graphs, **settings)
+    graphs = {"decode_graphs": decode_graphs, "prefill_graph_tokens": prefill_graph_tokens}
+    harness = make_gpu_harness(model_dir, overlap=overlap, **graphs, **settings)
     assert harness.generate(*requests()) == on_cpu
     harness.assert_at_rest()
 
 
-def test_announcements_carry_an_event(model_dir: Path) -> None:
-    harness = make_gpu_harness(model_dir, max_num_batched_tokens=48)
+@pytest.mark.parametrize("prefill_graph_tokens", [0, 256])
+def test_announcements_carry_an_event(model_dir: Path, prefill_graph_tokens: int) -> None:
+    harness = make_gpu_harness(model_dir, max_num_batched_tokens=48, prefill_graph_tokens=prefill_graph_tokens)
     harness.add(greedy("h", random_prompt(70), hand_over=True))
     harness.run()
     assert len(harness.ports.segments) == 2 * 3
@@ -84,8 +88,10 @@ def test_announcements_carry_an_event(model_dir: Path) -> None:
     harness.assert_at_rest()
 
 
-def test_bfloat16_on_a_measured_pool_and_its_own_thread(model_dir: Path) -> None:
+@pytest.mark.parametrize("prefill_graph_tokens", [0, 256])
+def test_bfloat16_on_a_measured_pool(model_dir: Path, prefill_graph_tokens: int) -> None:
     settings = {"dtype": "auto", "num_blocks": None, "gpu_memory_utilization": 0.5}
+    settings["prefill_graph_tokens"] = prefill_graph_tokens
     harness = make_gpu_harness(model_dir, **settings)
     assert harness.engine.layout.dtype == "bfloat16"
     total = torch.cuda.get_device_properties(CUDA).total_memory

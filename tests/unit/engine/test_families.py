@@ -77,6 +77,7 @@ def metadata_of(batch: Batch) -> AttentionMetadata:
         num_prefills=batch.num_prefills,
         num_decodes=batch.num_decodes,
         fresh_rows=batch.fresh_rows,
+        is_padded=False,
     )
 
 

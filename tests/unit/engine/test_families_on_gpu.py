@@ -112,6 +112,7 @@ def logits_of_step(model: Decoder, kv_cache: torch.Tensor, step: ScheduledStep) 
         num_prefills=batch.num_prefills,
         num_decodes=batch.num_decodes,
         fresh_rows=batch.fresh_rows,
+        is_padded=False,
     )
     ids, positions = (torch.from_numpy(x).to(CUDA) for x in (batch.input_ids, batch.positions))
     hidden = model.forward(ids, positions, kv_cache, meta, make_backend(CUDA))

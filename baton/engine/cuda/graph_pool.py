@@ -1,0 +1,53 @@
+"""Captured CUDA graphs that share one pool of memory. Imported by name, on a GPU only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+Compute = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """`output`: what the captured function returned. In the graph's memory, valid until any graph runs again."""
+
+    graph: torch.cuda.CUDAGraph
+    output: torch.Tensor
+
+
+class GraphPool:
+    """Graphs of one pool must not run side by side. Engine thread, or its builder before that."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, compute: Compute) -> Captured:
+        """`compute` runs once before: kernels are compiled and libraries choose theirs, which a capture must not see.
+        Capture the largest first: what it takes is then enough for the others.
+        """
+        compute()
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = compute()
+        return Captured(graph, output)
+
+    def measure(self, largest: Iterable[Compute], count: int) -> int:
+        """Bytes that `count` captures take, of which these are the largest: the first takes the pool's memory, the
+        others what each further one adds.
+        """
+        free, kept = [self._free_bytes()], []
+        for compute in largest:
+            kept.append(self.capture(compute))
+            free.append(self._free_bytes())
+        first, *others = (before - after for before, after in pairwise(free))
+        return max(0, first) + max(0, *others, 0) * (count - 1)
+
+    def _free_bytes(self) -> int:
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.mem_get_info(self._device)[0]
