@@ -1,4 +1,4 @@
-"""Server-sent events that notice at once when the client goes away, and do not wait for ever for one that stalls."""
+"""Server-sent events that notice at once when the client goes away. One that stalls is cut off by http_protocol.py."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import TypeVar
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-STALLED_CLIENT_S = 30.0
 _Result = TypeVar("_Result")
 
 
 class ClientGone(Exception):
-    """The client closed its connection, or stopped reading."""
+    """The client closed its connection, or was cut off."""
 
 
 async def unless_gone(work: Awaitable[_Result], receive: Receive) -> _Result:
@@ -53,22 +52,14 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
-            with contextlib.suppress(ClientGone):
+            with contextlib.suppress(ClientGone, OSError):
                 await unless_gone(self._send_all(send), receive)
         finally:
             self._on_end()
             await self._events.aclose()
 
     async def _send_all(self, send: Send) -> None:
-        await _send(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for event in self._events:
-            await _send(send, {"type": "http.response.body", "body": f"data: {event}\n\n".encode(), "more_body": True})
-        await _send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _send(send: Send, message: Message) -> None:
-    try:
-        async with asyncio.timeout(STALLED_CLIENT_S):
-            await send(message)
-    except (TimeoutError, OSError):
-        raise ClientGone from None
+            await send({"type": "http.response.body", "body": f"data: {event}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,7 +1,8 @@
-"""uvicorn's h11 protocol with bounds on what one turn of the event loop may spend on what a client sends.
+"""uvicorn's h11 protocol with bounds on what a client may cost: turns of the event loop, and what it does not read.
 
 h11 is pure Python and takes some ten microseconds per line: a packet full of chunks of one byte would stop the loop for
-seconds. Such packets are fed in slices, one per turn. Used by server.py.
+seconds. Such packets are fed in slices, one per turn. A client that takes nothing of a full buffer for STALLED_CLIENT_S
+is cut off, whatever it had asked for. Used by server.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from router.openai_errors import error_body
 
+STALLED_CLIENT_S = 30.0
 _SLICE: Final = 2048  # bytes: at most 341 chunks
 _MAX_LINES: Final = 64
 _DISCARD_S: Final = 2.0
@@ -25,6 +27,8 @@ class BoundedH11Protocol(H11Protocol):
 
     _pending = b""
     _refused = False
+    _unsent = 0
+    _stall_check: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -39,7 +43,32 @@ class BoundedH11Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pending = b""
+        self._stop_stall_check()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start_stall_check()
+
+    def resume_writing(self) -> None:
+        self._stop_stall_check()
+        super().resume_writing()
+
+    def _start_stall_check(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
+        self._stall_check = asyncio.get_running_loop().call_later(STALLED_CLIENT_S, self._check_stall)
+
+    def _stop_stall_check(self) -> None:
+        if self._stall_check is not None:
+            self._stall_check.cancel()
+            self._stall_check = None
+
+    def _check_stall(self) -> None:
+        """Abort, since closing would wait for the client to read what is buffered."""
+        if self.transport.get_write_buffer_size() < self._unsent:
+            self._start_stall_check()
+        else:
+            self.transport.abort()
 
     def _feed(self) -> None:
         if not self._pending or self.transport.is_closing():

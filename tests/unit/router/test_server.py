@@ -15,8 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-import router.event_stream
 import router.generation
+import router.http_protocol
 from baton.common.clock import ManualClock
 from baton.common.config import BatonConfig
 from baton.common.errors import ConfigError
@@ -163,26 +163,25 @@ async def test_a_reader_that_never_reads_is_cut_off_and_the_worker_freed(
         await anext(generation)
 
 
-async def test_a_client_whose_socket_stalls_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router.event_stream, "STALLED_CLIENT_S", 0.05)
-    ended = asyncio.Event()
-    sent: list[Any] = []
-
-    async def events() -> AsyncGenerator[str, None]:
-        while True:
-            yield "x"
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-        if len(sent) > 3:
-            await asyncio.Event().wait()
-
-    async def receive() -> Any:
-        await asyncio.Event().wait()
-
-    async with asyncio.timeout(5):
-        await EventStream(events(), {}, ended.set)({"type": "http"}, receive, send)
-    assert ended.is_set()
+@pytest.mark.parametrize("stalls", [True, False])
+async def test_a_client_that_reads_nothing_is_cut_off_and_one_that_reads_slowly_is_not(
+    served: Served, monkeypatch: pytest.MonkeyPatch, stalls: bool
+) -> None:
+    """It asks for more than all buffers hold, pipelined, so that the server cannot write the rest."""
+    monkeypatch.setattr(router.http_protocol, "STALLED_CLIENT_S", 0.3 if stalls else 1.0)
+    connections = served.router._http.server_state.connections
+    with socket.create_connection(("127.0.0.1", served.router.http_port)) as client:
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(client, b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 500)
+        await served.until(lambda: any(one.flow.write_paused for one in connections))
+        if stalls:
+            await served.until(lambda: not connections)
+            return
+        for _ in range(15):
+            assert await loop.sock_recv(client, 1 << 20)
+            await asyncio.sleep(0.1)
+        assert connections
 
 
 async def test_an_event_stream_that_never_started_is_ended_too() -> None:
