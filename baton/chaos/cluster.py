@@ -46,7 +46,7 @@ Blocks = dict[str, dict[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """An attached worker. `pid` is None when its process is gone or belongs to somebody else."""
+    """An attached worker. `pid` is None when its process is gone, on another machine, or belongs to somebody else."""
 
     worker_id: str
     role: str
@@ -54,7 +54,8 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        return processes.listener_pid(int(self.address.rpartition(":")[2]))
+        host, _, port = self.address.rpartition(":")
+        return processes.listener_pid(host.strip("[]"), int(port))
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,11 +104,12 @@ class FaultSeries:
         """Waits for one if none is up. Raises BatonError when none comes."""
         deadline = time.monotonic() + _WORKER_WAIT_S
         while time.monotonic() < deadline:
-            workers = [worker for worker in await self.cluster.workers() if role in ("any", worker.role)]
-            if workers:
-                worker = self.rng.choice(sorted(workers, key=lambda one: one.worker_id))
-                if (pid := worker.pid) is not None:
-                    return worker, pid
+            with contextlib.suppress(httpx.HTTPError):
+                workers = [worker for worker in await self.cluster.workers() if role in ("any", worker.role)]
+                if workers:
+                    worker = self.rng.choice(sorted(workers, key=lambda one: one.worker_id))
+                    if (pid := worker.pid) is not None:
+                        return worker, pid
             await asyncio.sleep(0.1)
         raise BatonError(f"no {role} worker of this machine came up within {_WORKER_WAIT_S:g} s")
 

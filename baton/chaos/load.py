@@ -18,6 +18,7 @@ from baton.chaos.plan import LoadPlan
 from baton.common.errors import BatonError
 
 _NUM_TOP = 2
+_RETRY_S = 1.0
 _STOPS = tuple("abcdefghijklmnopqrstuvwxyz")
 
 
@@ -122,7 +123,7 @@ class Client:
                 await self._until_accepted(stream)
         except TimeoutError:
             stream.error = f"not complete after {self._timeout_s:g} s"
-        except (httpx.HTTPError, StreamBroken) as error:
+        except (httpx.HTTPError, StreamBroken, ValueError, KeyError, TypeError) as error:  # the last: no such chunk
             stream.error = f"{type(error).__name__}: {error}"
         stream.ended_at = time.monotonic()
 
@@ -144,7 +145,7 @@ class Client:
         """The chunks of one try. Raises StreamBroken or ComeAgain; whoever closes it early disconnects."""
         async with self._http.stream("POST", "/v1/completions", json=self._body(job)) as response:
             if response.status_code == 429:
-                raise ComeAgain(float(response.headers["retry-after"]))
+                raise ComeAgain(float(response.headers.get("retry-after", _RETRY_S)))
             if response.status_code != 200:
                 raise StreamBroken(f"status {response.status_code}: {(await response.aread()).decode()}")
             async for event in _events(response):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,10 @@ _PROC = Path("/proc")
 _LISTEN = "0A"
 
 
-def listener_pid(port: int) -> int | None:
-    """The process that listens on a TCP port of this machine, if it belongs to this user."""
+def listener_pid(host: str, port: int) -> int | None:
+    """The process that listens there, if that is an address of this machine and the process belongs to this user."""
+    if not _is_ours(host):
+        return None
     links = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     return next((pid for pid in _pids() if links & _fd_links(pid)), None)
 
@@ -25,6 +28,17 @@ def with_environment(name: str, value: str) -> list[int]:
 def title(pid: int) -> str:
     """The command line, or what the process calls itself; empty once it is gone."""
     return _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+
+
+def _is_ours(host: str) -> bool:
+    """Only a machine's own addresses can be bound. Another machine's port may be in use here by somebody else."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def _pids() -> Iterator[int]:

@@ -44,11 +44,15 @@ def in_use(blocks: Blocks) -> int:
 
 
 async def until_complete(cluster: TargetCluster, size: Size, timeout_s: float, gone: frozenset[str]) -> float | None:
-    """Seconds until all workers are attached and connected and none is one of `gone`; None if that takes longer."""
+    """Seconds until all workers are attached and connected and none is one of `gone`; None if that takes longer.
+
+    A server that does not answer now is not complete now.
+    """
     start = time.monotonic()
     while time.monotonic() < start + timeout_s:
-        if await cluster.is_complete(size, gone):
-            return time.monotonic() - start
+        with contextlib.suppress(httpx.HTTPError):
+            if await cluster.is_complete(size, gone):
+                return time.monotonic() - start
         await asyncio.sleep(_COMPLETE_PERIOD_S)
     return None
 
