@@ -22,6 +22,7 @@ from baton.common.config import BatonConfig
 from baton.common.errors import ConfigError
 from baton.common.sampling import SamplingParams
 from router.event_stream import EventStream
+from router.http_protocol import BoundedH11Protocol
 from router.server import Router
 from router.types import GenerationRequest, ReaderTooSlow, TokenEvent
 from tests.support.fake_worker import FakeWorker, answer, emit, expected_tokens
@@ -174,7 +175,7 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_one_that_reads_slowly_
         client.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(client, b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 500)
-        await served.until(lambda: any(one.flow.write_paused for one in connections))
+        await served.until(lambda: any(isinstance(one, BoundedH11Protocol) and one.flow.write_paused for one in connections))
         if stalls:
             await served.until(lambda: not connections)
             return
