@@ -64,6 +64,7 @@ class DecodeHalf(BaseHalf):
         self._attempts = context.attempts
         self.timeline = Timeline()
         self._leases: dict[int, _Lease] = {}
+        self._credited: dict[str, int] = {}  # chunks whose credits were returned, by epoch
         self._tasks = Tasks()
         self._protocol: Coordinator[DecodeState, kv.DecodeEvent, kv.DecodeAction] = Coordinator(
             DecodeState.initial(context.layout.num_layers), decode_step, self._execute, context.faults
@@ -123,23 +124,24 @@ class DecodeHalf(BaseHalf):
                 self._note_receiving(chunk.lease.lease)
             case kv.FromPrefill(message=Commit() as commit):
                 self.timeline.committed(commit.lease.lease, now)
-            case kv.Received():
-                self.timeline.received(event.epoch, event.seq, now)
             case kv.Unpacked():
                 self.timeline.verified(event.epoch, event.seq, now)
             case kv.EpochDestroyed():
                 self.timeline.epoch_ended(event.epoch)
+                self._credited.pop(event.epoch, None)
         self._protocol.feed(event)
 
     def _execute(self, action: kv.DecodeAction) -> None:
         match action:
+            case kv.SendMessage(peer, epoch, ChunksDone() as done):
+                self._return_credits(peer, epoch, done)
             case kv.SendMessage(_, epoch, message):
-                assert isinstance(message, ChunksDone | Committed | AbortLease)
-                if isinstance(message, ChunksDone):
-                    self.timeline.done(epoch, message.through)
+                assert isinstance(message, Committed | AbortLease)
                 self._pairs.send(epoch, decode_frame(message))
-            case kv.StartRecv():
-                self._pairs.get(action.epoch).link.start_recv(action)
+            case kv.StartRecv(peer, epoch, seq):
+                self._pairs.get(epoch).link.start_recv(action)
+                # The link runs what is asked of it next when the data is there: no need to wait for that here.
+                self._feed(kv.Received(peer, epoch, seq))
             case kv.Unpack():
                 self._unpack(action)
             case kv.ReserveBlocks(key, lease):
@@ -158,6 +160,15 @@ class DecodeHalf(BaseHalf):
                 self._pairs.destroy(epoch, reason)
             case _:
                 assert_never(action)
+
+    def _return_credits(self, peer: str, epoch: str, done: ChunksDone) -> None:
+        """A quarter of the window at a time while chunks are under way: frames cost more than waiting for credits."""
+        self.timeline.done(epoch, done.through)
+        link = self._protocol.state.link(peer)
+        if link.flights and 4 * (done.through - self._credited.get(epoch, 0)) < link.slots.window:
+            return
+        self._credited[epoch] = done.through
+        self._pairs.send(epoch, decode_frame(done))
 
     # ---- blocks
 

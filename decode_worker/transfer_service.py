@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 
 from baton.worker.half import WorkerContext
-from baton.worker.join import join_pair
+from baton.worker.join import ConnectedAhead, join_pair
 from baton.worker.pair import Pair, Pairs
 from baton.worker.threads import run_in_thread, start_thread
 from kv_transfer.connection import DECODE_RANK, TransferError, resolve_backend
@@ -56,6 +56,7 @@ class TransferService(TransferServicer):
         self._store = StoreServer(context.host)
         self._packer = make_packer(context.device)
         self._launch_lock = threading.Lock()
+        self._ahead = ConnectedAhead(context.config.transfer.num_pairs)
         self._stopping = False
         self._epochs = itertools.count(1)
         self._backend = resolve_backend(context.config.transfer.backend, context.device)
@@ -87,10 +88,11 @@ class TransferService(TransferServicer):
         except TransferError as error:
             logger.warning("no connection with %s: %s", hello.worker_id, error)
         finally:
+            self._ahead.leave(epoch)
             start_thread(partial(self._store.forget, epoch), f"forget {epoch}")
 
     async def _serve(self, hello: Hello, epoch: str, frames: PrefillFrames, context: Any) -> None:
-        pair = await self._join(hello.worker_id, epoch, context)
+        pair = await self._join(hello, epoch, context)
         shared_clock = bool(hello.clock_domain) and hello.clock_domain == self._clock_domain
         await self._pairs.serve(pair, lambda: self._run(pair, frames, context, shared_clock))
 
@@ -112,9 +114,10 @@ class TransferService(TransferServicer):
         for older in self._pairs.of_peer(peer):
             await self._pairs.lose(older, "the prefill worker connected again")
 
-    async def _join(self, peer: str, epoch: str, context: Any) -> Pair[transfer_pb2.DecodeFrame, RecvLink]:
-        config = self._context.config.transfer
-        staging = self._pairs.staging(peer, config.window, config.slot_bytes)
+    async def _join(self, hello: Hello, epoch: str, context: Any) -> Pair[transfer_pb2.DecodeFrame, RecvLink]:
+        config, peer = self._context.config.transfer, hello.worker_id
+        when_used = hello.join_when_used or not self._ahead.enter(epoch)
+        staging = self._pairs.staging(peer, config.window, config.slot_bytes, when_used)
         welcome = Welcome(
             self._context.worker_id,
             epoch,
@@ -123,11 +126,15 @@ class TransferService(TransferServicer):
             config.window,
             config.slot_bytes,
             self._backend,
+            when_used,
         )
         await context.write(decode_frame(welcome))
         store = await run_in_thread(self._store.take, f"store for {epoch}")
-        transport = await join_pair(self._context, self._launch_lock, self._backend, store, epoch, DECODE_RANK)
-        self._store.give_back(store)
+        transport = await join_pair(
+            self._context, self._launch_lock, self._backend, store, epoch, DECODE_RANK, when_used
+        )
+        if not when_used:
+            self._store.give_back(store)
         link = RecvLink(
             transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer, self._timeline
         )

@@ -7,6 +7,7 @@ it within milliseconds, a stopped peer only at the timeout. After a timeout the 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -35,7 +36,7 @@ def connect_gloo(
 class GlooTransport:
     """See `PairTransport`. CUDA buffers are copied through host memory, which serves two workers on one GPU.
 
-    An operation is started when it is waited for, so that one is in flight at a time.
+    Operations are run by whoever waits for one of them, in the order of their start and one at a time.
     """
 
     def __init__(self, group: PairGroup, peer: int, operation_timeout_s: float) -> None:
@@ -44,15 +45,23 @@ class GlooTransport:
         self._timeout_s = operation_timeout_s
         self._closing = threading.Event()
         self._operation = threading.Lock()
+        self._started: deque[GlooTransfer] = deque()
 
     def start_send(self, buffer: torch.Tensor) -> GlooTransfer:
         self._check("send")
         host = buffer.cpu()
-        return GlooTransfer(lambda: self._run("send", host))
+        return self._start(lambda: self._run("send", host))
 
     def start_recv(self, buffer: torch.Tensor) -> GlooTransfer:
         self._check("recv")
-        return GlooTransfer(lambda: self._recv(buffer))
+        return self._start(lambda: self._recv(buffer))
+
+    def finish(self, transfer: GlooTransfer) -> None:
+        """Run what was started up to `transfer`. Raises TransferError, also for each operation after a failed one."""
+        with self._operation:
+            while not transfer.is_done:
+                self._started[0].run()
+                self._started.popleft().is_done = True
 
     def close(self) -> None:
         """Waits for an operation in flight, at most until its timeout."""
@@ -73,28 +82,39 @@ class GlooTransport:
         self._run("recv", host)
         buffer.copy_(host)
 
+    def _start(self, run: Callable[[], None]) -> GlooTransfer:
+        transfer = GlooTransfer(self, run)
+        self._started.append(transfer)
+        return transfer
+
     def _check(self, what: str) -> PairGroup:
         if self._group is None or self._closing.is_set():
             raise TransferError(f"gloo {what}: the connection is closed")
         return self._group
 
     def _run(self, what: str, buffer: torch.Tensor) -> None:
-        with self._operation:
-            group = self._check(what)
-            try:
-                start = group.send if what == "send" else group.recv
-                start([buffer], self._peer, _TAG).wait(timedelta(seconds=self._timeout_s))
-            except RuntimeError as error:
-                # Nothing may follow a failed operation: a late message would meet the wrong receive.
-                self._group = None
-                raise TransferError(f"gloo {what} of {buffer.numel()} bytes: {first_line(error)}") from None
+        group = self._check(what)
+        try:
+            start = group.send if what == "send" else group.recv
+            start([buffer], self._peer, _TAG).wait(timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:
+            # Nothing may follow a failed operation: a late message would meet the wrong receive.
+            self._group = None
+            raise TransferError(f"gloo {what} of {buffer.numel()} bytes: {first_line(error)}") from None
 
 
 class GlooTransfer:
-    """See `Transfer`."""
+    """See `Transfer`. `run` is called by the transport, which then sets `is_done`."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
-        self._run = run
+    event = None
+
+    def __init__(self, transport: GlooTransport, run: Callable[[], None]) -> None:
+        self._transport = transport
+        self.run = run
+        self.is_done = False
+
+    def follow(self) -> None:
+        self._transport.finish(self)
 
     def wait(self) -> None:
-        self._run()
+        self._transport.finish(self)

@@ -1,8 +1,8 @@
 """What both ends of a KV connection share: two lanes per epoch, one that copies and one that drives the wire.
 
-With two lanes, packing chunk n + 1 overlaps sending chunk n, and unpacking chunk n overlaps receiving chunk n + 1. Each
-lane starts its jobs in the order in which they were asked for, and starts the next before the one before has ended: a
-second thread of the lane waits for the ends, in the same order.
+With two lanes, packing chunk n + 1 overlaps sending chunk n, and unpacking chunk n overlaps receiving chunk n + 1. One
+thread starts the jobs of both, in the order in which they were asked for, and the next before the one before has ended:
+each lane has a thread that waits for its ends, in the same order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 # A decode step shall not wait for what arrives. What leaves prefill is small beside the kernels of a prompt, whose
 # blocks fill the device: behind them a message would wait for a whole layer.
 LOW_PRIORITY, HIGH_PRIORITY = 0, -1
-Finish = Callable[[], E]  # waits for what was started; its outcome
+Finish = Callable[[], E | None]  # waits for what was started; its outcome, None where another job reports it
 
 
 class _SlotAction(Protocol):
@@ -43,16 +43,11 @@ class _SlotAction(Protocol):
 
 
 class Lane:
-    """A CUDA stream, the thread that launches on it, and the thread that waits for what was launched."""
+    """A CUDA stream, and the thread that waits for what was launched on it."""
 
     def __init__(self, name: str, device: torch.device, priority: int) -> None:
         self.stream = TransferStream(device, priority)
-        self.starts = JobThread(f"{name} start")
         self.ends = JobThread(f"{name} end")
-
-    def close(self, timeout_s: float) -> bool:
-        """End both threads; whether they ended in time."""
-        return self.starts.close(timeout_s) and self.ends.close(timeout_s)
 
 
 class Link(Generic[E]):
@@ -76,6 +71,7 @@ class Link(Generic[E]):
         self._close_timeout_s = close_timeout_s
         self._stopped = threading.Event()
         self._reporting = threading.RLock()
+        self._starts = JobThread(f"{name} start")
         self._copy = Lane(f"{name} copy", staging.device, priority)
         self._wire = Lane(f"{name} wire", staging.device, priority)
 
@@ -88,18 +84,21 @@ class Link(Generic[E]):
         with self._reporting:
             self._stopped.set()
         self._transport.close()
-        for lane in (self._wire, self._copy):
-            if not lane.close(self._close_timeout_s):
+        for thread in (self._starts, self._wire.ends, self._copy.ends):
+            if not thread.close(self._close_timeout_s):
                 raise TransferError(f"a transfer thread is still busy {self._close_timeout_s} s after close")
 
-    def _submit(self, lane: Lane, action: _SlotAction, start: Callable[[], Finish[E]]) -> None:
-        """`start` launches the job on the lane's stream and returns how to wait for it."""
+    def _submit(self, lane: Lane, action: _SlotAction, start: Callable[[], Finish[E] | None]) -> None:
+        """`start` launches the job on the lane's stream and returns how to wait for it, None where another job does."""
         with self._reporting:
-            if not self._stopped.is_set():
-                self._staging.hold(action.slot)
-                lane.starts.submit(partial(self._start, lane, action, start))
+            if self._stopped.is_set():
+                return
+            if self._staging.hold(action.slot, action.epoch):
+                self._starts.submit(partial(self._start, lane, action, start))
+            else:
+                self._lose(action, f"slot {action.slot} is still in use by an epoch before")
 
-    def _start(self, lane: Lane, action: _SlotAction, start: Callable[[], Finish[E]]) -> None:
+    def _start(self, lane: Lane, action: _SlotAction, start: Callable[[], Finish[E] | None]) -> None:
         finish: Finish[E] | None = None
         if not self._stopped.is_set():
             finish = self._attempt(action, start)

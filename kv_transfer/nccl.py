@@ -133,7 +133,7 @@ class NcclTransport:
                 with launch_order:
                     start = self._group.send if what == "send" else self._group.recv
                     start([buffer], self._peer, _TAG).wait()  # orders the current stream after it, blocks nothing
-                    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                    done = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
                     done.record()
             except RuntimeError as error:
                 self._abort()
@@ -189,17 +189,20 @@ class NcclTransfer:
 
     def __init__(self, transport: NcclTransport, name: str, done: torch.cuda.Event, deadline: float) -> None:
         self._transport = transport
-        self._done = done
+        self.event = done
         self.name = name
         self.deadline = deadline
 
+    def follow(self) -> None:
+        torch.cuda.current_stream().wait_event(self.event)
+
     def wait(self) -> None:
         try:
-            self._done.synchronize()  # lets other threads run, and sleeps instead of spinning
+            self.event.synchronize()  # lets other threads run, and sleeps instead of spinning
         except RuntimeError as error:
             self._transport.abort()
             raise TransferError(f"{self.name}: {first_line(error)}") from None
         self._transport.finish(self)
 
     def is_complete(self) -> bool:
-        return bool(self._done.query())  # type: ignore[no-untyped-call]
+        return bool(self.event.query())  # type: ignore[no-untyped-call]

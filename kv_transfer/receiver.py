@@ -7,22 +7,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from kv_transfer.device_clock import DeviceClock
 from kv_transfer.events import PeerLost, Received, StartRecv, Unpack, Unpacked
 from kv_transfer.fingerprint import block_salts
 from kv_transfer.link import LOW_PRIORITY, Link
 from kv_transfer.packing import Packer
 from kv_transfer.staging import StagingPool
 from kv_transfer.timeline import Timeline
-from kv_transfer.transport import PairTransport, TransferError
+from kv_transfer.transport import PairTransport, Transfer, TransferError
 
 RecvEvent = Received | Unpacked | PeerLost
 
 
+@dataclass(slots=True)
+class _Arrival:
+    """A receive that was asked for. `transfer`: it is launched. `is_followed`: its unpack waits for its end too."""
+
+    transfer: Transfer | None = None
+    is_followed: bool = False
+
+
 class RecvLink(Link[Received | Unpacked]):
-    """See `Link`. The methods return at once; their outcome comes through `on_event`."""
+    """See `Link`. The methods return at once; their outcome comes through `on_event`.
+
+    A slot's unpack may be asked for as soon as its receive was: it runs when the data is there. On CUDA both are then
+    launched in one go, the one behind the other on the device, and the host hears of the end of the second only.
+    """
 
     def __init__(
         self,
@@ -38,38 +52,63 @@ class RecvLink(Link[Received | Unpacked]):
         self._packer = packer
         self._kv_cache = kv_cache
         self._timeline = timeline or Timeline()
+        self._clock = DeviceClock(staging.device)
+        self._arrivals: dict[int, _Arrival] = {}  # by slot, until its unpack
 
     def start_recv(self, action: StartRecv) -> None:
-        """Receive `num_bytes` into a slot; then Received. Post it when the peer's Chunk is here, not ahead."""
-        self._submit(self._wire, action, lambda: self._start_recv(action))
+        """Receive `num_bytes` into a slot; then Received, unless an unpack has been asked for meanwhile.
+
+        Post it when the peer's Chunk is here, not ahead.
+        """
+        arrival = self._arrivals[action.slot] = _Arrival()
+        self._submit(self._wire, action, lambda: self._start_recv(action, arrival))
 
     def unpack(self, action: Unpack, block_ids: Sequence[int]) -> None:
-        """Verify a received slot and scatter it into the blocks; then Unpacked, not ok if a fingerprint differs.
+        """Verify a slot and scatter it into the blocks; then Unpacked, not ok if a fingerprint differs.
 
         `block_ids`: physical blocks of the segment in logical order; they must stay the lease's until Unpacked.
         """
-        self._submit(self._copy, action, lambda: self._start_unpack(action, block_ids))
+        arrival = self._arrivals.pop(action.slot, _Arrival())
+        arrival.is_followed = True
+        self._submit(self._copy, action, lambda: self._start_unpack(action, block_ids, arrival))
 
-    def _start_recv(self, action: StartRecv) -> Callable[[], Received]:
+    def _start_recv(self, action: StartRecv, arrival: _Arrival) -> Callable[[], Received | None] | None:
         slot = self._staging.slot(action.slot)
         if not 0 < action.num_bytes <= slot.numel():
             raise TransferError(f"chunk {action.seq} announces {action.num_bytes} bytes, a slot has {slot.numel()}")
         with self._wire.stream.after(None):
-            transfer = self._transport.start_recv(slot[: action.num_bytes])
+            transfer = arrival.transfer = self._transport.start_recv(slot[: action.num_bytes])
         self._timeline.posted(action.epoch, action.seq, time.monotonic())
 
-        def finish() -> Received:
+        def finish() -> Received | None:
             transfer.wait()
+            if arrival.is_followed:
+                return None
+            self._timeline.received(action.epoch, action.seq, time.monotonic())
             return Received(action.peer, action.epoch, action.seq)
 
-        return finish
+        return None if arrival.is_followed else finish
 
-    def _start_unpack(self, action: Unpack, block_ids: Sequence[int]) -> Callable[[], Unpacked]:
+    def _start_unpack(self, action: Unpack, block_ids: Sequence[int], arrival: _Arrival) -> Callable[[], Unpacked]:
+        transfer = arrival.transfer
+        if transfer is None:
+            raise TransferError(f"chunk {action.seq} was not received into slot {action.slot}")
         num_bytes = self._staging.layout.segment_bytes(action.segment.num_layers, action.segment.num_blocks)
         data = self._staging.slot(action.slot)[:num_bytes]
         salts = block_salts(action.lease, action.seq, action.segment)
         with self._copy.stream.after(None):
+            transfer.follow()
+            arrived_at = time.monotonic()
             copy = self._packer.start_unpack(
                 self._kv_cache, action.segment, block_ids, data, salts, action.fingerprints
             )
-        return lambda: Unpacked(action.peer, action.epoch, action.seq, copy.wait())
+
+        def finish() -> Unpacked:
+            is_ok = copy.wait()
+            transfer.wait()  # after an aborted receive there is no verdict
+            received_at = arrived_at if transfer.event is None else self._clock.time_of(transfer.event)
+            if received_at is not None:
+                self._timeline.received(action.epoch, action.seq, received_at)
+            return Unpacked(action.peer, action.epoch, action.seq, is_ok)
+
+        return finish

@@ -1,13 +1,13 @@
 """The staging slots of one end of a connection: the only memory that a peer can write to.
 
-Slot numbers are handed out by the protocol; the pool owns the memory and counts the slots that a transfer job is
-using. `slot` is called on transfer threads, `in_use` on any.
+Slot numbers are handed out by the protocol; the pool owns the memory and knows which slots a transfer job is using, and
+of which epoch: no two epochs may touch one slot (invariant I1). `slot` is called on transfer threads, `in_use` on any.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,8 +18,16 @@ from baton.engine.kv_layout import KVLayout
 _ALIGNMENT = 256
 
 
+@dataclass(slots=True)
+class _Holder:
+    """The epoch whose jobs use a slot, and how many do."""
+
+    epoch: str
+    num_jobs: int = 0
+
+
 class StagingPool:
-    """`num_slots` uint8 buffers of `slot_bytes` each, allocated once."""
+    """`num_slots` uint8 buffers of `slot_bytes` each, allocated once: by `allocate`, or when one is first used."""
 
     def __init__(self, layout: KVLayout, num_slots: int, slot_bytes: int, device: torch.device) -> None:
         if slot_bytes < layout.block_bytes_per_layer:
@@ -29,16 +37,22 @@ class StagingPool:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self.device = device
-        stride = -(-slot_bytes // _ALIGNMENT) * _ALIGNMENT
-        self._memory = _zeros(num_slots, stride, device)
-        self._holders: Counter[int] = Counter()
+        self._memory: torch.Tensor | None = None
+        self._holders: dict[int, _Holder] = {}
         self._lock = threading.Lock()
+
+    def allocate(self) -> torch.Tensor:
+        """All slots: uint8 [num_slots, slot_bytes rounded up]."""
+        with self._lock:
+            if self._memory is None:
+                self._memory = _zeros(self.num_slots, -(-self.slot_bytes // _ALIGNMENT) * _ALIGNMENT, self.device)
+            return self._memory
 
     def slot(self, index: int) -> torch.Tensor:
         """The whole slot: uint8 [slot_bytes]."""
         if not 0 <= index < self.num_slots:
             raise IndexError(f"staging slot {index} of {self.num_slots}")
-        return self._memory[index, : self.slot_bytes]
+        return self.allocate()[index, : self.slot_bytes]
 
     @property
     def in_use(self) -> int:
@@ -46,16 +60,20 @@ class StagingPool:
         with self._lock:
             return len(self._holders)
 
-    def hold(self, index: int) -> None:
-        """A job names the slot from now on."""
+    def hold(self, index: int, epoch: str) -> bool:
+        """A job of `epoch` names the slot from now on. False, and it must not, while one of another epoch does."""
         with self._lock:
-            self._holders[index] += 1
+            holder = self._holders.setdefault(index, _Holder(epoch))
+            if holder.epoch != epoch:
+                return False
+            holder.num_jobs += 1
+            return True
 
     def release(self, index: int) -> None:
         """That job has ended."""
         with self._lock:
-            self._holders[index] -= 1
-            if not self._holders[index]:
+            self._holders[index].num_jobs -= 1
+            if not self._holders[index].num_jobs:
                 del self._holders[index]
 
 
@@ -63,4 +81,6 @@ def _zeros(num_slots: int, stride: int, device: torch.device) -> torch.Tensor:
     """uint8 [num_slots, stride]; on the CPU pages that are not used yet take no memory."""
     if device.type == "cpu":
         return torch.from_numpy(np.zeros((num_slots, stride), dtype=np.uint8))
-    return torch.zeros(num_slots, stride, dtype=torch.uint8, device=device)
+    zeros = torch.zeros(num_slots, stride, dtype=torch.uint8, device=device)
+    torch.cuda.current_stream(device).synchronize()  # lanes use it on streams of their own
+    return zeros

@@ -22,8 +22,21 @@ class TransferError(BatonError):
 class Transfer(Protocol):
     """One send or receive under way."""
 
+    @property
+    def event(self) -> torch.cuda.Event | None:
+        """Fires at its end; None where the host waits for that itself."""
+        ...
+
+    def follow(self) -> None:
+        """What the caller launches on its current stream from now on comes after the transfer.
+
+        Returns at once on CUDA, where a failure shows in `wait`, and at the transfer's end elsewhere. From any thread;
+        raises as `wait` does.
+        """
+        ...
+
     def wait(self) -> None:
-        """Returns when the buffer may be reused (send) or holds the data (receive). Once, from any one thread.
+        """Returns when the buffer may be reused (send) or holds the data (receive). From any thread.
 
         Raises TransferError on failure or past the operation timeout.
         """
@@ -33,7 +46,7 @@ class Transfer(Protocol):
 class PairTransport(Protocol):
     """One epoch of the connection between a prefill and a decode worker.
 
-    Operations are started by one transfer thread, complete in that order, and may be waited for by another; `close` is
+    Operations are started by one transfer thread, complete in that order, and may be waited for by others; `close` is
     for any. Buffers are flat, contiguous, uint8, on the transport's device, and both ends must name the same size: gloo
     takes a shorter message silently, and a longer one ends the process.
     """

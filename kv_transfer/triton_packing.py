@@ -49,8 +49,8 @@ def _fetch(on_device: torch.Tensor) -> Copy[list[int]]:
 
 def _upload(block_ids: Sequence[int], salts: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Both as int64 on the device, in one copy out of pinned memory: nothing waits for the stream."""
-    values = np.array([block_ids, block_ids], dtype=np.uint64)
-    values[1] = salts
+    values = np.empty((2, len(salts)), dtype=np.uint64)
+    values[0], values[1] = block_ids, salts
     host = torch.from_numpy(values.view(np.int64))
     ids, keys = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
     return ids, keys

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.engine.kv_layout import KVLayout
 from kv_transfer.messages import (
     Abort,
     Chunk,
@@ -21,7 +20,16 @@ from kv_transfer.messages import (
     PrefillMessage,
     Segment,
 )
-from kv_transfer.wire_fields import U16, U32, U64, WireError, layout_proto, one_of, parse_layout, text, within
+from kv_transfer.wire_fields import U32, U64, WireError, layout_proto, parse_layout, text, within
+from kv_transfer.wire_start import (
+    Hello,
+    Refused,
+    Welcome,
+    hello_to_proto,
+    parse_hello,
+    parse_welcome,
+    welcome_to_proto,
+)
 from protos import transfer_pb2 as pb
 
 __all__ = [
@@ -40,39 +48,7 @@ __all__ = [
     "prefill_frame",
 ]
 
-BACKENDS = ("gloo", "nccl")
-
-
-# ---- frames that concern the connection and not a hand-over
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """First frame of the prefill end. `clock_domain`: see `kv_transfer.timeline`."""
-
-    worker_id: str
-    layout: KVLayout
-    clock_domain: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Welcome:
-    """First frame of the decode end: where and how to join the pair's process group."""
-
-    worker_id: str
-    epoch: str
-    store_host: str
-    store_port: int
-    window: int
-    slot_bytes: int
-    backend: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """First and last frame of a decode end that cannot exchange blocks with this peer."""
-
-    message: str
+# ---- frames that concern the connection and not a hand-over; more in `wire_start`
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +76,7 @@ def prefill_frame(value: PrefillValue) -> pb.PrefillFrame:
         case Abort():
             return pb.PrefillFrame(abort=_abort_to_proto(value))
         case Hello():
-            return pb.PrefillFrame(hello=_hello_to_proto(value))
+            return pb.PrefillFrame(hello=hello_to_proto(value))
         case Heartbeat():
             return pb.PrefillFrame(heartbeat=_heartbeat_to_proto(value))
 
@@ -117,8 +93,7 @@ def parse_prefill_frame(frame: pb.PrefillFrame) -> PrefillValue:
         case "abort":
             return _parse_abort(frame.abort)
         case "hello":
-            worker_id = text("TransferHello.worker_id", frame.hello.worker_id)
-            return Hello(worker_id, parse_layout(frame.hello.layout), frame.hello.clock_domain)
+            return parse_hello(frame.hello)
         case "heartbeat":
             return Heartbeat(frame.heartbeat.sequence)
         case None:
@@ -140,7 +115,7 @@ def decode_frame(value: DecodeValue) -> pb.DecodeFrame:
         case Abort():
             return pb.DecodeFrame(abort=_abort_to_proto(value))
         case Welcome():
-            return pb.DecodeFrame(welcome=_welcome_to_proto(value))
+            return pb.DecodeFrame(welcome=welcome_to_proto(value))
         case Refused(message):
             return pb.DecodeFrame(refused=pb.TransferRefused(message=text("TransferRefused.message", message)))
         case Heartbeat():
@@ -157,7 +132,7 @@ def parse_decode_frame(frame: pb.DecodeFrame) -> DecodeValue:
         case "abort":
             return _parse_abort(frame.abort)
         case "welcome":
-            return _parse_welcome(frame.welcome)
+            return parse_welcome(frame.welcome)
         case "refused":
             return Refused(text("TransferRefused.message", frame.refused.message))
         case "heartbeat":
@@ -169,15 +144,10 @@ def parse_decode_frame(frame: pb.DecodeFrame) -> DecodeValue:
 # ---- the parts of a frame
 
 
-def _hello_to_proto(hello: Hello) -> pb.TransferHello:
-    worker_id = text("TransferHello.worker_id", hello.worker_id)
-    return pb.TransferHello(worker_id=worker_id, layout=layout_proto(hello.layout), clock_domain=hello.clock_domain)
-
-
 def _chunk_to_proto(chunk: Chunk) -> pb.Chunk:
     _check_chunk(chunk)
     lease, generation = _lease_to_wire("Chunk", chunk.lease)
-    return pb.Chunk(
+    proto = pb.Chunk(
         seq=chunk.seq,
         lease=lease,
         generation=generation,
@@ -186,8 +156,12 @@ def _chunk_to_proto(chunk: Chunk) -> pb.Chunk:
         block_start=chunk.segment.block_start,
         num_blocks=chunk.segment.num_blocks,
         num_bytes=chunk.num_bytes,
-        fingerprints=chunk.fingerprints,
     )
+    try:
+        proto.fingerprints.extend(chunk.fingerprints)  # checks their range as it goes
+    except ValueError as error:
+        raise WireError("Chunk.fingerprints", f"are not all of 64 bits: {error}") from None
+    return proto
 
 
 def _parse_chunk(proto: pb.Chunk) -> Chunk:
@@ -209,8 +183,6 @@ def _check_chunk(chunk: Chunk) -> None:
     within("Chunk.num_bytes", chunk.num_bytes, 1, U64)
     if len(chunk.fingerprints) != segment.num_blocks:
         raise WireError("Chunk.fingerprints", f"has {len(chunk.fingerprints)} values for {segment.num_blocks} blocks")
-    within("Chunk.fingerprints", min(chunk.fingerprints), 0, U64)
-    within("Chunk.fingerprints", max(chunk.fingerprints), 0, U64)
 
 
 def _commit_to_proto(commit: Commit) -> pb.Commit:
@@ -245,42 +217,6 @@ def _abort_to_proto(abort: Abort) -> pb.TransferAbort:
 
 def _parse_abort(proto: pb.TransferAbort) -> Abort:
     return Abort(LeaseKey(proto.lease, proto.generation), proto.reason)
-
-
-def _welcome_to_proto(welcome: Welcome) -> pb.TransferWelcome:
-    _check_welcome(welcome)
-    return pb.TransferWelcome(
-        worker_id=welcome.worker_id,
-        epoch=welcome.epoch,
-        store_host=welcome.store_host,
-        store_port=welcome.store_port,
-        window=welcome.window,
-        slot_bytes=welcome.slot_bytes,
-        backend=welcome.backend,
-    )
-
-
-def _parse_welcome(proto: pb.TransferWelcome) -> Welcome:
-    welcome = Welcome(
-        proto.worker_id,
-        proto.epoch,
-        proto.store_host,
-        proto.store_port,
-        proto.window,
-        proto.slot_bytes,
-        proto.backend,
-    )
-    _check_welcome(welcome)
-    return welcome
-
-
-def _check_welcome(welcome: Welcome) -> None:
-    for name in ("worker_id", "epoch", "store_host"):
-        text(f"TransferWelcome.{name}", getattr(welcome, name))
-    within("TransferWelcome.store_port", welcome.store_port, 1, U16)
-    within("TransferWelcome.window", welcome.window, 1, U32)
-    within("TransferWelcome.slot_bytes", welcome.slot_bytes, 1, U64)
-    one_of("TransferWelcome.backend", welcome.backend, BACKENDS)
 
 
 def _heartbeat_to_proto(heartbeat: Heartbeat) -> pb.TransferHeartbeat:

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import Store
 
 from baton.common.errors import ConfigError
 from baton.worker.half import WorkerContext
-from baton.worker.join import join_pair
+from baton.worker.join import ConnectedAhead, join_pair
 from baton.worker.pair import Pair, Pairs, describe
 from baton.worker.streams import CLIENT_OPTIONS
 from baton.worker.threads import run_in_thread, start_thread
@@ -66,6 +66,7 @@ class Dialer:
         self._on_transfer = on_transfer
         self._packer = make_packer(context.device)
         self._launch_lock = threading.Lock()
+        self._ahead = ConnectedAhead(context.config.transfer.num_pairs)
         self._stores: dict[str, Store] = {}
         self._timeout_s = context.config.transfer.connect_timeout_s
 
@@ -75,7 +76,7 @@ class Dialer:
             call = TransferStub(channel).Connect(None)
             try:
                 welcome = await self._greet(call, worker_id)
-                staging = self._pairs.staging(worker_id, welcome.window, welcome.slot_bytes)
+                staging = self._pairs.staging(worker_id, welcome.window, welcome.slot_bytes, welcome.join_when_used)
                 transport = await self._join(call, welcome)
                 link = SendLink(transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer)
                 pair = Pair[transfer_pb2.PrefillFrame, SendLink](
@@ -96,9 +97,11 @@ class Dialer:
     def forget(self, worker_id: str) -> None:
         """Nobody wants this peer any more."""
         self._stores.pop(worker_id, None)
+        self._ahead.leave(worker_id)
 
     async def _greet(self, call: Any, worker_id: str) -> Welcome:
-        hello = Hello(self._context.worker_id, self._context.layout, clock_domain())
+        when_used = not self._ahead.enter(worker_id)
+        hello = Hello(self._context.worker_id, self._context.layout, clock_domain(), when_used)
         async with asyncio.timeout(self._timeout_s):
             await call.write(prefill_frame(hello))
             answer = await _read(call)
@@ -137,7 +140,13 @@ class Dialer:
             open_store = partial(connect_store, welcome.store_host, welcome.store_port, self._timeout_s)
             store = await run_in_thread(open_store, f"store of {welcome.worker_id}")
         transport = await join_pair(
-            self._context, self._launch_lock, welcome.backend, store, welcome.epoch, PREFILL_RANK
+            self._context,
+            self._launch_lock,
+            welcome.backend,
+            store,
+            welcome.epoch,
+            PREFILL_RANK,
+            welcome.join_when_used,
         )
         self._stores[welcome.worker_id] = store
         return transport

@@ -192,9 +192,29 @@ class _FaultyReceive:
         self._before = before
         self._injector = injector
         self._generator = generator
+        self._spoiling = threading.Lock()
+        self._is_spoilt = False
+
+    @property
+    def event(self) -> torch.cuda.Event | None:
+        return self._receive.event
+
+    def follow(self) -> None:
+        self._receive.follow()
+        self._spoil_once()
 
     def wait(self) -> None:
         self._receive.wait()
+        self._spoil_once()
+
+    def _spoil_once(self) -> None:
+        """The end of the receive is followed once and waited for once, on any threads."""
+        with self._spoiling:
+            if not self._is_spoilt:
+                self._is_spoilt = True
+                self._spoil()
+
+    def _spoil(self) -> None:
         settings, buffer, draw = self._injector.settings, self._buffer, self._generator.random
         if draw() < settings.corruption:
             buffer[self._generator.randrange(buffer.numel())] ^= 1 << self._generator.randrange(8)

@@ -1,4 +1,4 @@
-"""Joining a pair's process group without blocking the loop. Used by both halves, on the asyncio thread."""
+"""Joining a pair's process group without blocking the loop, now or when it is used. By both halves, asyncio thread."""
 
 from __future__ import annotations
 
@@ -12,12 +12,36 @@ from torch.distributed.distributed_c10d import Store
 from baton.worker.half import WorkerContext
 from baton.worker.threads import start_thread
 from kv_transfer.connection import PairTransport, connect
+from kv_transfer.lazy import LazyTransport
+
+
+class ConnectedAhead:
+    """The pairs whose process group is made when they register: at most as many as there is memory set aside for."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._pairs: set[str] = set()
+
+    def enter(self, pair: str) -> bool:
+        """Whether the pair is one of them, now that it registers; others connect when they are used."""
+        if len(self._pairs) < self._most:
+            self._pairs.add(pair)
+        return pair in self._pairs
+
+    def leave(self, pair: str) -> None:
+        self._pairs.discard(pair)
 
 
 async def join_pair(
-    context: WorkerContext, launch_lock: threading.Lock, backend: str, store: Store, epoch: str, rank: int
+    context: WorkerContext,
+    launch_lock: threading.Lock,
+    backend: str,
+    store: Store,
+    epoch: str,
+    rank: int,
+    when_used: bool,
 ) -> PairTransport:
-    """Meet the peer under `epoch`. Raises TransferError or ConfigError.
+    """Meet the peer under `epoch`; with `when_used`, at the first operation. Raises TransferError or ConfigError.
 
     When the wait is cancelled the thread gives up soon, and what it may still bring is closed.
     """
@@ -36,6 +60,8 @@ async def join_pair(
         cancel=cancel,
         max_ctas=context.config.transfer.max_ctas,
     )
+    if when_used:
+        return context.injector.transport(LazyTransport(call, cancel))
     joining = start_thread(call, f"join {epoch}")
     waiting = asyncio.wrap_future(joining)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.common.config import BatonConfig, EngineConfig, RouterConfig, TransferConfig
@@ -153,7 +153,7 @@ class Unpacks:
         self._hold_at = self.count + chunk
 
     def flip_bit(self, chunk: int) -> None:
-        """Let the `chunk`-th unpack from now find one bit of its slot flipped."""
+        """Let one bit of the `chunk`-th unpack from now differ from what its fingerprint says."""
         self._flip_at = self.count + chunk
 
     def release(self) -> None:
@@ -175,13 +175,9 @@ class Unpacks:
         number = self.count
         self.count += 1
         if number == self._flip_at:
-            self._half._pairs.staging(action.peer, *self._slots()).slot(action.slot)[100] ^= 4
+            action = replace(action, fingerprints=(action.fingerprints[0] ^ 4, *action.fingerprints[1:]))
         if self._hold_at is not None and number >= self._hold_at:
             self._waiting.append(action)
             self.held.set()
         else:
             self._original(action)
-
-    def _slots(self) -> tuple[int, int]:
-        transfer = self._half._context.config.transfer
-        return transfer.window, transfer.slot_bytes

@@ -151,7 +151,21 @@ class DecodeEnd:
         lease: LeaseKey,
         fingerprints: tuple[int, ...],
     ) -> bool:
+        self.ask_unpack(seq, slot, segment, block_ids, lease, fingerprints)
+        return self.unpacked(seq)
+
+    def ask_unpack(
+        self,
+        seq: int,
+        slot: int,
+        segment: Segment,
+        block_ids: list[int],
+        lease: LeaseKey,
+        fingerprints: tuple[int, ...],
+    ) -> None:
         self.link.unpack(Unpack("d", EPOCH, seq, slot, lease, segment, fingerprints), block_ids)
+
+    def unpacked(self, seq: int) -> bool:
         event = self.events.get(timeout=WAIT_S)
         assert isinstance(event, Unpacked)
         assert event.seq == seq

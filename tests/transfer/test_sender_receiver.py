@@ -20,6 +20,7 @@ from kv_transfer.packing import TorchPacker
 from kv_transfer.receiver import RecvEvent
 from kv_transfer.rendezvous import StoreServer
 from kv_transfer.sender import SendEvent
+from kv_transfer.transport import TransferError
 from tests.transfer.io_support import (
     ATTEMPT,
     CPU,
@@ -152,7 +153,54 @@ def test_receives_complete_in_the_order_in_which_they_were_posted() -> None:
             prefill.sent(seq)
 
 
+def test_an_unpack_may_be_asked_for_before_the_data_is_there() -> None:
+    with linked_pair() as (decode, prefill):
+        packed = [prefill.pack(seq, seq, SEGMENT, [seq, seq + 3, seq + 6], LEASE).fingerprints for seq in range(3)]
+        for seq, fingerprints in enumerate(packed):
+            decode.start_recv(seq, seq, SEGMENT)
+            decode.ask_unpack(seq, seq, SEGMENT, [3 * seq, 3 * seq + 1, 3 * seq + 2], LEASE, fingerprints)
+        with pytest.raises(queue.Empty):
+            decode.events.get(timeout=0.1)
+        for seq in range(3):
+            prefill.start_send(seq, seq, SEGMENT)
+        for seq in range(3):
+            assert decode.unpacked(seq)
+            target, source = [3 * seq, 3 * seq + 1, 3 * seq + 2], [seq, seq + 3, seq + 6]
+            assert torch.equal(decode.cache[1:3][:, :, target], prefill.cache[1:3][:, :, source])
+        assert decode.events.empty()
+        assert decode.staging.in_use == 0
+
+
+def test_operations_run_in_the_order_of_their_start_whoever_is_waited_for_first() -> None:
+    with gloo_pair() as (receiving, sending), ThreadPoolExecutor(1) as pool:
+        first, second = (torch.zeros(4, dtype=torch.uint8) for _ in range(2))
+        receives = [receiving.start_recv(first), receiving.start_recv(second)]
+        waiting = pool.submit(receives[1].follow)
+        for value in (1, 2):
+            sending.start_send(torch.full((4,), value, dtype=torch.uint8)).wait()
+        waiting.result(WAIT_S)
+        receives[0].wait()
+        assert (first[0].item(), second[0].item()) == (1, 2)
+
+
 # ---- failures
+
+
+def test_a_slot_that_an_epoch_before_may_still_touch_is_not_used() -> None:
+    with linked_pair() as (decode, _):
+        assert decode.staging.hold(1, "the epoch before")
+        decode.start_recv(0, 1, SEGMENT)
+        assert "still in use" in lost(decode.events).reason
+        decode.staging.release(1)
+        assert decode.staging.hold(1, EPOCH)
+
+
+def test_an_unpack_of_what_was_never_received_is_refused() -> None:
+    with linked_pair() as (decode, prefill):
+        fingerprints = prefill.pack(0, 0, SEGMENT, SOURCE, LEASE).fingerprints
+        decode.ask_unpack(0, 0, SEGMENT, TARGET, LEASE, fingerprints)
+        assert "was not received" in lost(decode.events).reason
+        assert_untouched(decode)
 
 
 def lost(events: queue.Queue[SendEvent] | queue.Queue[RecvEvent], timeout_s: float = WAIT_S) -> PeerLost:
@@ -290,13 +338,21 @@ def test_close_returns_only_after_the_copy_in_progress() -> None:
 
 
 class _Held:
-    """A transfer that ends when the test says so."""
+    """A transfer that ends when the test says so, and fails if it says that."""
+
+    event = None
 
     def __init__(self) -> None:
         self.done = threading.Event()
+        self.failure = ""
+
+    def follow(self) -> None:
+        """As on CUDA: what follows is ordered behind it by the device."""
 
     def wait(self) -> None:
         assert self.done.wait(WAIT_S)
+        if self.failure:
+            raise TransferError(self.failure)
 
 
 class _HoldingTransport:
@@ -344,5 +400,19 @@ def test_close_waits_for_what_was_started_and_reports_none_of_it() -> None:
     held.done.set()
     closing.join(WAIT_S)
     assert not closing.is_alive()
+    assert decode.events.empty()
+    assert decode.staging.in_use == 0
+
+
+def test_of_an_aborted_receive_there_is_no_verdict() -> None:
+    transport = _HoldingTransport()
+    decode = DecodeEnd(transport)
+    decode.start_recv(0, 0, SEGMENT)
+    decode.ask_unpack(0, 0, SEGMENT, TARGET, LEASE, (0, 0, 0))
+    held = transport.started.get(timeout=WAIT_S)
+    held.failure = "aborted"
+    held.done.set()
+    assert lost(decode.events).reason == "aborted"
+    decode.link.close()
     assert decode.events.empty()
     assert decode.staging.in_use == 0

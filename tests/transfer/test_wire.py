@@ -58,7 +58,7 @@ prefill_values = st.one_of(
     st.builds(Commit, leases, positive, u32, u32),
     st.builds(Finish, leases),
     aborts,
-    st.builds(Hello, text, layouts),
+    st.builds(Hello, text, layouts, st.text(max_size=10), st.booleans()),
     heartbeats,
 )
 decode_values = st.one_of(

@@ -75,6 +75,10 @@ class Arrived:
         buffer.copy_(torch.tensor(list(SENT), dtype=torch.uint8))
         return self
 
+    event = None
+
+    def follow(self) -> None: ...
+
     def wait(self) -> None: ...
 
     def close(self) -> None: ...
@@ -82,8 +86,12 @@ class Arrived:
 
 def received(**settings: float) -> bytes:
     buffer = torch.tensor(list(HELD), dtype=torch.uint8)
-    injector(**settings).transport(Arrived()).start_recv(buffer).wait()
-    return bytes(buffer.tolist())
+    transfer = injector(**settings).transport(Arrived()).start_recv(buffer)
+    transfer.follow()
+    unpacked = bytes(buffer.tolist())
+    transfer.wait()
+    assert bytes(buffer.tolist()) == unpacked, "spoilt twice, or only after the unpack"
+    return unpacked
 
 
 def test_a_chunk_is_spoilt_as_asked() -> None:
