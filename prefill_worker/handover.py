@@ -81,7 +81,10 @@ class PrefillHalf(BaseHalf):
         )
         self._gate = PeerGate(context.engine.kv_cache.shape[2], context.config.transfer.peer_share)
         self._peers = Peers(
-            Dialer(context, self._pairs, self._feed, self._mailbox.post), self._tasks, self._gate.set_num_peers
+            Dialer(context, self._pairs, self._feed, self._mailbox.post),
+            self._tasks,
+            context.faults,
+            self._gate.set_num_peers,
         )
 
     async def start(self) -> None:

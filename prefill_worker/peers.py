@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from baton.worker.faults import Faults
 from baton.worker.session import RouterSession
 from baton.worker.tasks import Tasks
 from prefill_worker.dialer import Dialer, PeerRefused
@@ -37,9 +38,10 @@ class _Peer:
 class Peers:
     """One task per wanted peer. `on_count` is told how many there are."""
 
-    def __init__(self, dialer: Dialer, tasks: Tasks, on_count: Callable[[int], None]) -> None:
+    def __init__(self, dialer: Dialer, tasks: Tasks, faults: Faults, on_count: Callable[[int], None]) -> None:
         self._dialer = dialer
         self._tasks = tasks
+        self._faults = faults
         self._on_count = on_count
         self._peers: dict[str, _Peer] = {}
 
@@ -100,6 +102,10 @@ class Peers:
             except PeerRefused as error:
                 self._say(peer, "refused", str(error))
                 return
+            except Exception as error:  # a defect of this try must not part the pair for ever
+                self._faults.add()
+                logger.exception("the connection with %s went wrong", peer.worker_id)
+                reason = repr(error)
             self._say(peer, "lost", reason)
             pause = FIRST_PAUSE_S if was_connected else min(2 * pause, LONGEST_PAUSE_S)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))

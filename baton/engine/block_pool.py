@@ -169,6 +169,7 @@ class BlockPool:
         if not self._copies[shared]:
             raise ValueError(f"block {shared} is shared by prefix and is never written")
         own = self._take(1, holding.use)[0]
+        self._copies[shared] -= 1
         holding.blocks[index] = own
         self._drop(shared, holding.use)
         return shared, own
@@ -180,6 +181,12 @@ class BlockPool:
         if self._prefix is not None:
             holding = self._holdings[owner]
             self._prefix.extend(holding.hashes, token_ids, holding.blocks, num_computed_tokens // self.block_size)
+
+    def distrust(self, owner: str) -> None:
+        """The holder's KV may be spoilt: nobody finds any of its blocks from now on."""
+        if self._prefix is not None:
+            for block in self._holdings[owner].blocks:
+                self._prefix.forget(block)
 
     def move(self, owner: str, use: Use) -> None:
         """Change why the holder has its blocks."""

@@ -64,9 +64,18 @@ class RequestBook:
                 self._abort(request_id)
 
     def reject(self, command: Command, reason: str) -> None:
-        """The command went wrong inside the engine: whoever it would have started ends here."""
-        if isinstance(command, AddRequest | Admission) and not self._is_known(command.request.request_id):
-            self._log.failure(command.request.request_id, "internal", reason)
+        """The command went wrong inside the engine: whoever it would have started ends here and holds nothing."""
+        match command:
+            case Reserve(owner) if owner not in self._reserved:
+                self._give_back(owner)
+                command.reply(Refusal("internal", reason))
+            case AddRequest(request) | Admission(request=request) if not self._is_known(request.request_id):
+                self._give_back(request.request_id)
+                self._log.failure(request.request_id, "internal", reason)
+
+    def _give_back(self, owner: str) -> None:
+        if self._pool.holds(owner):
+            self._pool.release(owner)
 
     @property
     def has_reservations(self) -> bool:

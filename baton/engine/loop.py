@@ -133,12 +133,16 @@ class Engine:
         return has_launched or landed is not None or bool(self._flights)
 
     def _run(self) -> None:
-        with self._runner.on_this_thread():
-            self._wait()
-            while not self._inbox.is_closed():
-                if not self.turn():
-                    self._wait()
-            self._runner.settle()
+        try:
+            with self._runner.on_this_thread():
+                self._wait()
+                while not self._inbox.is_closed():
+                    if not self.turn():
+                        self._wait()
+                self._runner.settle()
+        except Exception as error:
+            logger.exception("the engine's thread ends")
+            self._ports.on_lost(repr(error))
 
     def _wait(self) -> None:
         self._idle = True
@@ -193,11 +197,9 @@ class Engine:
         return flight
 
     def _fail(self, requests: Iterable[Request], error: Exception) -> None:
+        """Raises what the device reports: such a device computes nothing any more."""
         self._failures_in_a_row += 1
-        try:
-            self._runner.settle()
-        except Exception:
-            logger.exception("the device is lost")
+        self._runner.settle()
         for request in list(requests):
             if request.phase in (Phase.WAITING, Phase.RUNNING):
                 self._book.fail(request, "internal", repr(error))
@@ -230,6 +232,7 @@ class Engine:
         self._advance(flight, {request.request_id for request, token in drawn if token == NOT_FINITE})
         for request, token in drawn:
             if token == NOT_FINITE:
+                self._pool.distrust(request.request_id)
                 self._book.fail(request, "internal", "the model's logits are not finite")
             else:
                 known = logprobs.get(request.request_id)

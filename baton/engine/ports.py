@@ -49,7 +49,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """code: "busy" (no room now) or "invalid" (never fits here)."""
+    """code: "busy" (no room now), "invalid" (never fits here) or "internal" (a defect)."""
 
     code: str
     reason: str
@@ -182,6 +182,10 @@ class Ports(Protocol):
 
     def ready_to_admit(self) -> Sequence[Admission]:
         """Hand-overs whose KV is verified since the last call."""
+        ...
+
+    def on_lost(self, reason: str) -> None:
+        """A defect or a lost device has ended the engine's thread: no request goes on, no report follows."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,9 +13,12 @@ from baton.engine.build import build_engine
 from baton.worker.half import HalfFactory
 from baton.worker.shell import WorkerShell
 
+logger = logging.getLogger(__name__)
+
 # A thread that wants the interpreter's lock waits up to this long while another computes. A chunk of KV changes threads
 # half a dozen times at either end, and each turn was seen to take the whole interval; CPython's default is 5 ms.
 SWITCH_INTERVAL_S = 0.0001
+EXIT_CODE = 70
 
 
 class WorkerActor:
@@ -38,7 +42,7 @@ class WorkerActor:
                 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
                 config = BatonConfig.model_validate_json(config_json)
                 host = config.cluster.worker_host or default_host
-                shell = WorkerShell(config, self._role, host, build_engine, self._halves)
+                shell = WorkerShell(config, self._role, host, build_engine, self._halves, on_lost=end_process)
                 await shell.start()
                 self._shell = shell
         return {"worker_id": self._shell.worker_id, "address": self._shell.address}
@@ -67,3 +71,9 @@ class WorkerActor:
     async def wait_closed(self) -> None:
         """Returns after `stop`; a caller learns of this process's death by the call's failure."""
         await self._stopped.wait()
+
+
+def end_process(reason: str) -> None:
+    """At once, as by a crash: the broken streams tell routers and peers, and the supervisor starts a new process."""
+    logger.critical("the process ends: %s", reason)
+    os._exit(EXIT_CODE)

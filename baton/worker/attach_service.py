@@ -111,6 +111,8 @@ class AttachService(WorkerServicer):
 
     async def _read(self, session: RouterSession, frames: AsyncIterator[pb.RouterFrame], watch: SilenceWatch) -> str:
         async for frame in frames:
+            if self._sessions.get(session.router_id) is not session:
+                return "the router attached again"
             watch.heard()
             self._dispatcher.dispatch(session, frame)
         return "the router closed the stream"

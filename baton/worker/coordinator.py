@@ -38,18 +38,29 @@ class Coordinator(Generic[S, E, A]):
         self._running = False
 
     def feed(self, event: E) -> None:
-        """Take an event and do all that follows from it. An action that fails does not keep others from running."""
+        """Take an event and do all that follows from it. An action that fails does not keep others from running.
+
+        An event on which the machine fails changes nothing; whoever feeds, timers too, goes on.
+        """
         self._events.append(event)
         if self._running:
             return
         self._running = True
         try:
             while self._events:
-                self.state, actions = self._step(self.state, self._events.popleft())
-                for action in actions:
+                for action in self._try_step(self._events.popleft()):
                     self._try(action)
         finally:
             self._running = False
+
+    def _try_step(self, event: E) -> tuple[A, ...]:
+        try:
+            self.state, actions = self._step(self.state, event)
+        except Exception:
+            self._faults.add()
+            logger.exception("%s could not be handled", event)
+            return ()
+        return actions
 
     def _try(self, action: A) -> None:
         try:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from baton.engine.ports import Admission, PrefillDone, SegmentWritten, StepReport
 from baton.worker.mailbox import Mailbox
 
-EngineResult = SegmentWritten | PrefillDone | StepReport
+
+@dataclass(frozen=True, slots=True)
+class EngineLost:
+    """The engine's thread has ended by itself."""
+
+    reason: str
+
+
+EngineResult = SegmentWritten | PrefillDone | StepReport | EngineLost
 
 
 class EnginePorts:
@@ -28,3 +37,6 @@ class EnginePorts:
     def ready_to_admit(self) -> Sequence[Admission]:
         """Admissions are posted to the engine's inbox when they are ready, so there is never one to fetch."""
         return ()
+
+    def on_lost(self, reason: str) -> None:
+        self._mailbox.post(EngineLost(reason))

@@ -23,7 +23,6 @@ from baton.worker.tasks import Tasks
 from baton.worker.threads import run_in_thread
 from kv_transfer.events import EpochDestroyed, PeerConnected, PeerLost
 from kv_transfer.staging import StagingPool
-from kv_transfer.transport import TransferError
 from kv_transfer.wire import WireError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ CLOSE_RETRY_S = 1.0
 
 class Closable(Protocol):
     def close(self) -> None:
-        """May block for seconds; raises TransferError when memory could still be touched."""
+        """May block for seconds; raises when memory could still be touched, and may then be tried again."""
         ...
 
 
@@ -85,6 +84,8 @@ class Pair(Generic[F, L]):
             return f"the peer sent an invalid frame: {error}"
         except grpc.RpcError as error:
             return f"the stream broke: {describe(error)}"
+        except asyncio.InvalidStateError as error:  # a write to a call whose end has not been read yet
+            return f"the stream has ended: {error}"
 
 
 class Pairs(Generic[F, L]):
@@ -167,7 +168,7 @@ class Pairs(Generic[F, L]):
             try:
                 await run_in_thread(pair.link.close, f"close {pair.epoch}")
                 break
-            except TransferError:
+            except Exception:
                 # Its slots and blocks stay quarantined until it works: memory that may be touched is never reused.
                 self._faults.add()
                 logger.exception("epoch %s could not be destroyed", pair.epoch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from baton.worker.attach_service import AttachService
 from baton.worker.attempts import Attempts
 from baton.worker.chaos_hooks import make_injector
 from baton.worker.commands import CommandDispatcher
-from baton.worker.engine_ports import EnginePorts, EngineResult
+from baton.worker.engine_ports import EngineLost, EnginePorts, EngineResult
 from baton.worker.faults import Faults
 from baton.worker.generate import GenerateHalf
 from baton.worker.half import EnginePort, Half, HalfFactory, WorkerContext
@@ -77,7 +77,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 class WorkerShell:
-    """One worker process. `role` is what the worker tells routers; here it is a word and decides nothing."""
+    """One worker process. `role` is what the worker tells routers; here it is a word and decides nothing.
+
+    `on_lost` is told when the engine is lost: nothing here serves any more, and only a new process will.
+    """
 
     def __init__(
         self,
@@ -87,6 +90,7 @@ class WorkerShell:
         build: EngineBuilder,
         halves: Sequence[HalfFactory] = (),
         clock: Clock | None = None,
+        on_lost: Callable[[str], None] = logger.critical,
     ) -> None:
         self.worker_id = f"{role}-{uuid.uuid4().hex[:12]}"
         self.address = ""
@@ -96,6 +100,7 @@ class WorkerShell:
         self._build = build
         self._factories = halves
         self._clock = clock or MonotonicClock()
+        self._on_lost = on_lost
         self._timing = StepTimeModel()
         self._faults = Faults()
         self._injector = make_injector(config.chaos)
@@ -244,6 +249,9 @@ class WorkerShell:
                 self._prefills_done.append(result)
             case StepReport():
                 self._on_step(result)
+            case EngineLost(reason):
+                self._faults.add()
+                self._on_lost(f"the engine is lost: {reason}")
 
     def _on_step(self, report: StepReport) -> None:
         """First tokens of hand-overs leave here, in the frame of the step that made them, before anything ends."""

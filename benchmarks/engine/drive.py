@@ -62,6 +62,9 @@ class CountingPorts:
     def ready_to_admit(self) -> Sequence[Admission]:
         return ()
 
+    def on_lost(self, reason: str) -> None:
+        raise AssertionError(f"an engine without a thread lost it: {reason}")
+
 
 class DrivenEngine:
     """Built with random weights in the shape of `model_dir`/config.json. Call it on one thread only."""

@@ -129,6 +129,9 @@ class ObservedPorts:
     def ready_to_admit(self) -> Sequence[Admission]:
         return self._ports.ready_to_admit()
 
+    def on_lost(self, reason: str) -> None:
+        self._ports.on_lost(reason)
+
 
 class ObservedEngine:
     """What a worker's shell needs of an engine. An Admission is posted when a hand-over is verified and committed."""

@@ -42,6 +42,7 @@ class RecordingPorts:
     first_position: dict[str, int] = field(default_factory=dict)
     finish_reasons: dict[str, str] = field(default_factory=dict)
     to_admit: list[Admission] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
     def on_layer_group(self, segment: SegmentWritten) -> None:
         self.segments.append(segment)
@@ -63,6 +64,9 @@ class RecordingPorts:
     def ready_to_admit(self) -> Sequence[Admission]:
         ready, self.to_admit = self.to_admit, []
         return ready
+
+    def on_lost(self, reason: str) -> None:
+        self.lost.append(reason)
 
     @property
     def failures(self) -> list[RequestFailed]:

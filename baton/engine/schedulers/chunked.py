@@ -63,13 +63,13 @@ class ChunkedScheduler:
         self._running.pop(request.request_id, None)
 
     def schedule(self) -> ScheduledStep:
+        self._copies = []  # of a schedule that went wrong: its blocks may be another's by now
         decodes = tuple(r for r in self._running.values() if r.wants_token)
         for request in decodes:
             self._pool.grow(request.request_id, self._pool.blocks_for(request.num_computed_tokens + 1))
         budget = self._max_num_batched_tokens - len(decodes)
         prefills = self._schedule_prefills(budget)
-        copies, self._copies = tuple(self._copies), []
-        return ScheduledStep(decodes, prefills, copies)
+        return ScheduledStep(decodes, prefills, tuple(self._copies))
 
     def _schedule_prefills(self, budget: int) -> tuple[PrefillSegment, ...]:
         segments: list[PrefillSegment] = []

@@ -80,10 +80,11 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.move(owner, use)
         self.uses[owner] = use
 
-    @rule(target=owners, owner=owners, more=st.integers(0, 3))
-    def fork(self, owner: str, more: int) -> object:
-        length = len(self.tokens[owner])
-        if self.pool.blocks_for(length) > len(self.tables[owner]):
+    @rule(target=owners, owner=owners, more=st.integers(0, 3), all_but_last=st.booleans())
+    def fork(self, owner: str, more: int, all_but_last: bool) -> object:
+        """All tokens, or all but the last: then others may have found the shared last block by its prefix."""
+        length = len(self.tokens[owner]) - all_but_last
+        if length < 1 or self.pool.blocks_for(length) > len(self.tables[owner]):
             return multiple()
         child = f"r{self.number}"
         self.number += 1
@@ -91,15 +92,23 @@ class PoolMachine(RuleBasedStateMachine):
         table = self.pool.fork(owner, child, length, max_blocks)
         if table is None:
             return multiple()
-        self.tables[child], self.tokens[child] = table, list(self.tokens[owner])
+        self.tables[child], self.tokens[child] = table, self.tokens[owner][:length]
         self.promised[child], self.uses[child] = max_blocks, self.uses[owner]
         if length % BLOCK_SIZE:
             source = table[-1]
-            for name in (owner, child):
+            for name in (child,) if all_but_last else (owner, child):
                 copy = self.pool.ensure_writable(name, len(table) - 1)
                 if copy is not None:
                     assert copy[0] == source
+                    assert self.tables[name][len(table) - 1] == copy[1]
+            assert self.content.get(table[-1]) is None or table[-1] == source
         return child
+
+    @rule(owner=owners)
+    def distrust(self, owner: str) -> None:
+        self.pool.distrust(owner)
+        for block in self.tables[owner]:
+            self.content.pop(block, None)
 
     @rule(owner=consumes(owners))
     def release(self, owner: str) -> None:
@@ -124,7 +133,7 @@ class PoolMachine(RuleBasedStateMachine):
     def promises_fit(self) -> None:
         held = len({block for table in self.tables.values() for block in table})
         growth = sum(self.promised[owner] - len(table) for owner, table in self.tables.items())
-        assert held + growth <= self.pool.committed <= self.pool.num_blocks
+        assert held + growth == self.pool.committed <= self.pool.num_blocks
 
     def teardown(self) -> None:
         if hasattr(self, "pool"):

@@ -221,8 +221,8 @@ def test_a_scheduler_that_raises_fails_everything_and_the_engine_goes_on(
     assert len(harness.generate(greedy("next", random_prompt(9), 4))["next"]) == 4
 
 
-def test_logits_that_are_not_finite_fail_one_request_and_are_not_cached(harness: Harness) -> None:
-    """The fault strikes in the very step that fills a block."""
+def test_logits_that_are_not_finite_fail_one_request_and_nothing_of_it_is_cached(harness: Harness) -> None:
+    """The fault strikes in the very step that fills a block, and which of the blocks is spoilt nobody knows."""
     request = greedy("bad", random_prompt(20), 30)
     harness.add(request, greedy("good", random_prompt(20, seed=1), 30))
     harness.run(until=lambda: request.num_computed_tokens == 31)
@@ -235,7 +235,20 @@ def test_logits_that_are_not_finite_fail_one_request_and_are_not_cached(harness:
     harness.ports.reports.clear()
     again = greedy("again", [*request.token_ids, 1, 2], 5)
     assert len(harness.generate(again)["again"]) == 5
-    assert again.num_cached_tokens == 16
+    assert again.num_cached_tokens == 0
+
+
+def test_spoilt_kv_is_not_found_again(harness: Harness) -> None:
+    """Whoever shares a cached block whose content went bad fails once; then the prompt is computed anew."""
+    prompt = random_prompt(50)
+    expected = harness.generate(greedy("first", prompt, 5))["first"]
+    harness.engine.kv_cache[harness.engine.kv_cache.isfinite()] = torch.nan
+    harness.add(greedy("second", prompt, 5))
+    harness.run()
+    assert [failure.request_id for failure in harness.ports.failures] == ["second"]
+    harness.ports.reports.clear()
+    assert harness.generate(greedy("third", prompt, 5))["third"] == expected
+    harness.assert_at_rest()
 
 
 def test_a_report_that_is_not_taken_does_not_stop_the_engine(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +261,54 @@ def test_a_report_that_is_not_taken_does_not_stop_the_engine(harness: Harness, m
     harness.assert_at_rest()
 
 
+def test_copies_of_a_schedule_that_went_wrong_are_not_made_later(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks have other holders by then."""
+    harness = make_harness(model_dir)
+    prompt = random_prompt(20)
+    harness.add(greedy("parent", prompt, 30))
+    harness.turn()
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.engine._scheduler, "_next_chunk", lambda *_: 1 / 0)
+        harness.add(greedy("fork", prompt, 30, fork_of="parent"))
+        harness.turn()
+    assert {failure.request_id for failure in harness.ports.failures} == {"parent", "fork"}
+    copied: list[object] = []
+    monkeypatch.setattr(harness.engine._runner, "_copy_blocks", copied.append)
+    harness.ports.reports.clear()
+    assert len(harness.generate(greedy("next", random_prompt(40, seed=3), 5))["next"]) == 5
+    assert not copied
+    harness.assert_at_rest()
+
+
 # ---- reservations
+
+
+@pytest.mark.parametrize("where", ["match_prefix", "open", "grow"])
+def test_a_reservation_that_goes_wrong_is_answered_and_holds_nothing(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.engine._pool, where, lambda *_: 1 / 0)
+        refusal = _try_reserve(harness, "a", 40, 60)
+    assert isinstance(refusal, Refusal)
+    assert refusal.code == "internal"
+    harness.assert_at_rest()
+    assert not isinstance(_try_reserve(harness, "a", 40, 60), Refusal)
+
+
+def test_an_admission_that_goes_wrong_fails_and_holds_nothing(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.reserve("lease", random_prompt(40), 60)
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.engine._pool, "register", lambda *_: 1 / 0)
+        harness.post(Admission("lease", greedy("r", random_prompt(40), 20), 5))
+        harness.turn()
+    (failure,) = harness.ports.failures
+    assert (failure.request_id, failure.code) == ("r", "internal")
+    harness.assert_at_rest()
 
 
 def _try_reserve(harness: Harness, name: str, length: int, max_total: int, seed: int = 0) -> object:
