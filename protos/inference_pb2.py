@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\x08\x62\x61ton.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe1\x04\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x12\n\x05min_p\x18\x08 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12;\n\nlogit_bias\x18\x0c \x03(\x0b\x32\'.baton.v1.SamplingParams.LogitBiasEntry\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x04\n\x02_n\"\x8d\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x18\n\x10return_token_ids\x18\x05 \x01(\x08\x12\x0c\n\x04\x65\x63ho\x18\x06 \x01(\x08\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x08 \x01(\rH\x02\x88\x01\x01\x42\x08\n\x06promptB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"q\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\"\n\x03top\x18\x05 \x03(\x0b\x32\x15.baton.v1.LikelyToken\">\n\x0bLikelyToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\"\xf0\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x1a\n\rfinish_reason\x18\x04 \x01(\tH\x01\x88\x01\x01\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.baton.v1.UsageH\x02\x88\x01\x01\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x13\n\x0bpath_reason\x18\x07 \x01(\t\x12\r\n\x05index\x18\x08 \x01(\r\x12(\n\x08logprobs\x18\t \x03(\x0b\x32\x16.baton.v1.TokenLogprob\x12/\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x16.baton.v1.TokenLogprob\x12\x15\n\x0bstop_string\x18\x0b \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x0c \x01(\rH\x00\x42\r\n\x0bstop_reasonB\x10\n\x0e_finish_reasonB\x08\n\x06_usage\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"c\n\tModelCard\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x33\n\x11sampling_defaults\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.baton.v1.ModelCard2\xd6\x01\n\tInference\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12;\n\x06\x43\x61ncel\x12\x17.baton.v1.CancelRequest\x1a\x18.baton.v1.CancelResponse\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\x08\x62\x61ton.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x85\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x12\n\x05min_p\x18\x08 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12;\n\nlogit_bias\x18\x0c \x03(\x0b\x32\'.baton.v1.SamplingParams.LogitBiasEntry\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\n\x88\x01\x01\x12\"\n\x1ainclude_stop_str_in_output\x18\x10 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x04\n\x02_n\"\x8d\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x18\n\x10return_token_ids\x18\x05 \x01(\x08\x12\x0c\n\x04\x65\x63ho\x18\x06 \x01(\x08\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x08 \x01(\rH\x02\x88\x01\x01\x42\x08\n\x06promptB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"q\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\"\n\x03top\x18\x05 \x03(\x0b\x32\x15.baton.v1.LikelyToken\">\n\x0bLikelyToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\"\xf0\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x1a\n\rfinish_reason\x18\x04 \x01(\tH\x01\x88\x01\x01\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.baton.v1.UsageH\x02\x88\x01\x01\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x13\n\x0bpath_reason\x18\x07 \x01(\t\x12\r\n\x05index\x18\x08 \x01(\r\x12(\n\x08logprobs\x18\t \x03(\x0b\x32\x16.baton.v1.TokenLogprob\x12/\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x16.baton.v1.TokenLogprob\x12\x15\n\x0bstop_string\x18\x0b \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x0c \x01(\rH\x00\x42\r\n\x0bstop_reasonB\x10\n\x0e_finish_reasonB\x08\n\x06_usage\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"c\n\tModelCard\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x33\n\x11sampling_defaults\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.baton.v1.ModelCard2\xd6\x01\n\tInference\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12;\n\x06\x43\x61ncel\x12\x17.baton.v1.CancelRequest\x1a\x18.baton.v1.CancelResponse\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,29 +36,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=36
   _globals['_TOKENIDS']._serialized_end=59
   _globals['_SAMPLINGPARAMS']._serialized_start=62
-  _globals['_SAMPLINGPARAMS']._serialized_end=671
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=466
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=514
-  _globals['_GENERATEREQUEST']._serialized_start=674
-  _globals['_GENERATEREQUEST']._serialized_end=943
-  _globals['_TOKENLOGPROB']._serialized_start=945
-  _globals['_TOKENLOGPROB']._serialized_end=1058
-  _globals['_LIKELYTOKEN']._serialized_start=1060
-  _globals['_LIKELYTOKEN']._serialized_end=1122
-  _globals['_USAGE']._serialized_start=1124
-  _globals['_USAGE']._serialized_end=1203
-  _globals['_GENERATERESPONSE']._serialized_start=1206
-  _globals['_GENERATERESPONSE']._serialized_end=1574
-  _globals['_CANCELREQUEST']._serialized_start=1576
-  _globals['_CANCELREQUEST']._serialized_end=1611
-  _globals['_CANCELRESPONSE']._serialized_start=1613
-  _globals['_CANCELRESPONSE']._serialized_end=1644
-  _globals['_LISTMODELSREQUEST']._serialized_start=1646
-  _globals['_LISTMODELSREQUEST']._serialized_end=1665
-  _globals['_MODELCARD']._serialized_start=1667
-  _globals['_MODELCARD']._serialized_end=1766
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1768
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1825
-  _globals['_INFERENCE']._serialized_start=1828
-  _globals['_INFERENCE']._serialized_end=2042
+  _globals['_SAMPLINGPARAMS']._serialized_end=707
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=502
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=550
+  _globals['_GENERATEREQUEST']._serialized_start=710
+  _globals['_GENERATEREQUEST']._serialized_end=979
+  _globals['_TOKENLOGPROB']._serialized_start=981
+  _globals['_TOKENLOGPROB']._serialized_end=1094
+  _globals['_LIKELYTOKEN']._serialized_start=1096
+  _globals['_LIKELYTOKEN']._serialized_end=1158
+  _globals['_USAGE']._serialized_start=1160
+  _globals['_USAGE']._serialized_end=1239
+  _globals['_GENERATERESPONSE']._serialized_start=1242
+  _globals['_GENERATERESPONSE']._serialized_end=1610
+  _globals['_CANCELREQUEST']._serialized_start=1612
+  _globals['_CANCELREQUEST']._serialized_end=1647
+  _globals['_CANCELRESPONSE']._serialized_start=1649
+  _globals['_CANCELRESPONSE']._serialized_end=1680
+  _globals['_LISTMODELSREQUEST']._serialized_start=1682
+  _globals['_LISTMODELSREQUEST']._serialized_end=1701
+  _globals['_MODELCARD']._serialized_start=1703
+  _globals['_MODELCARD']._serialized_end=1802
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1804
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1861
+  _globals['_INFERENCE']._serialized_start=1864
+  _globals['_INFERENCE']._serialized_end=2078
 # @@protoc_insertion_point(module_scope)

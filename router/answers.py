@@ -9,10 +9,11 @@ from typing import Protocol
 from fastapi import Request, Response
 
 from baton.common.errors import BatonError
-from router.choice import Choice, merged
+from router.choice import Choice, merged, total_usage
 from router.event_stream import EventStream, unless_gone
 from router.json_pieces import dumps, encode
 from router.openai_errors import describe
+from router.request_fields import StreamOptions
 from router.text import TextDelta
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -41,6 +42,13 @@ class Answer(Protocol):
     async def whole(self, deltas: list[list[TextDelta]]) -> Content:
         """The whole answer; `deltas[i]` are all deltas of `choices[i]`."""
         ...
+
+
+def with_usage(content: Content, options: StreamOptions, choices: list[Choice]) -> Content:
+    """A chunk with the usage so far where that is asked for, or with a null where it comes behind all chunks only."""
+    if not options.include_usage:
+        return content
+    return content | {"usage": total_usage(choices).as_dict() if options.continuous_usage_stats else None}
 
 
 async def respond(request: Request, answer: Answer, stream: bool) -> Response:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import asdict
 
-from router.answers import Content
+from router.answers import Content, with_usage
 from router.chat_request import ChatRequest
 from router.choice import Choice, group_id, total_usage
 from router.text import TextDelta
@@ -28,22 +27,18 @@ class ChatAnswer:
     def is_heavy(self) -> bool:
         return False
 
-    @property
-    def _with_usage(self) -> bool:
-        options = self._request.stream_options
-        return options is not None and options.include_usage
-
     async def chunk(self, choice: Choice, delta: TextDelta) -> Content:
-        """If the client asked for usage, chunks before the last one carry a null."""
         message: Content = {} if choice in self._begun else {"role": "assistant"}
         self._begun.add(choice)
         if delta.text or message:
             message["content"] = delta.text
         content = self._chunk([self._choice(choice, delta, "delta", message, self._entries(delta))])
-        return content | {"usage": None} if self._with_usage else content
+        return with_usage(content, self._request.stream_usage, self.choices)
 
     def last_chunk(self) -> Content | None:
-        return self._chunk([]) | {"usage": self._usage()} if self._with_usage else None
+        if not self._request.stream_usage.include_usage:
+            return None
+        return self._chunk([]) | {"usage": total_usage(self.choices).as_dict()}
 
     async def whole(self, deltas: list[list[TextDelta]]) -> Content:
         contents = []
@@ -56,7 +51,12 @@ class ChatAnswer:
             contents.append(self._choice(choice, parts[-1], "message", message, entries))
             if self._request.return_token_ids:
                 contents[-1]["token_ids"] = [token_id for delta in parts for token_id in delta.token_ids]
-        return {**self._head, "object": "chat.completion", "choices": contents, "usage": self._usage()}
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": contents,
+            "usage": total_usage(self.choices).as_dict(),
+        }
 
     def _chunk(self, choices: list[Content]) -> Content:
         return {**self._head, "object": "chat.completion.chunk", "choices": choices}
@@ -87,7 +87,3 @@ class ChatAnswer:
         as_id = self._request.return_tokens_as_token_ids
         text = f"token_id:{token_id}" if as_id else self._texts.text(token_id)
         return {"token": text, "logprob": logprob, "bytes": list(self._texts.raw(token_id))}
-
-    def _usage(self) -> dict[str, int]:
-        usage = total_usage(self.choices)
-        return asdict(usage) | {"total_tokens": usage.total_tokens}

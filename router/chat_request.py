@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from baton.common.errors import InvalidRequest
 from router.chat_schema import ChatInput
-from router.openai_schema import StreamOptions
-from router.sampling_fields import MAX_TOKENS, NumTop, SamplingFields
+from router.request_fields import RequestFields
+from router.sampling_fields import MAX_TOKENS, NumTop
 from router.schema_errors import validated
 from router.unsupported import EmptyList, Nothing, Off, UnsupportedFields
 
@@ -32,32 +32,21 @@ class UnsupportedChatFields(UnsupportedFields):
     web_search_options: Nothing = None
 
 
-class ChatRequest(SamplingFields, UnsupportedChatFields):
+class ChatRequest(RequestFields, UnsupportedChatFields):
     """None stands for the default, as in OpenAI's API. Unknown fields are ignored, and counted.
 
     `add_special_tokens`: let the tokenizer add its BOS to what the template made; templates write their own.
     """
 
-    model: str
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: NumTop | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None  # type: ignore[assignment]
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
-    user: str | None = None
-    _num_ignored_fields: int = PrivateAttr(0)
-
-    @property
-    def num_ignored_fields(self) -> int:
-        return self._num_ignored_fields
 
     @property
     def num_top(self) -> int | None:
@@ -76,17 +65,10 @@ class ChatBody(ChatInput, ChatRequest):
 def checked_chat(fields: dict[str, object]) -> ChatRequest:
     """Fields that the reader left. Raises InvalidRequest naming the first wrong or unsupported one."""
     request, num_ignored = validated(ChatRequest, fields, UnsupportedChatFields)
-    _check_together(request)
-    request._num_ignored_fields = num_ignored
-    return request
-
-
-def _check_together(request: ChatRequest) -> None:
-    """What a field may be depends on another one."""
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest("stream_options is only allowed when stream is true", "stream_options")
+    request.accepted(num_ignored)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs is only allowed when logprobs is true", "top_logprobs")
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise InvalidRequest("max_tokens is the old name of max_completion_tokens; they differ", "max_tokens")
+    return request

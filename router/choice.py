@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from baton.common.sampling import TokenLogprobs
 from router.attempt import read_logprobs
@@ -25,6 +25,10 @@ class Usage:
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+    def as_dict(self) -> dict[str, int]:
+        """As OpenAI's API has it."""
+        return asdict(self) | {"total_tokens": self.total_tokens}
 
 
 class Choice:
@@ -71,8 +75,15 @@ class Choice:
         decision = self.generation.decision
         return f"{decision.path}; {decision.reason}" if decision else "none; not dispatched"
 
+    async def prompt_known(self) -> None:
+        """Returns once what is reported on the prompt has come, with the first token of the prompt's first choice.
+
+        Another choice's may be here sooner. Raises the error that ended the first choice without a token.
+        """
+        await self.first.generation.first_token()
+
     def prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
-        """Of every token of the prompt but the first, if asked for; known from the first delta on.
+        """Of every token of the prompt but the first, if asked for; see `prompt_known`.
 
         Those of a long prompt take a while to read; any thread may do it.
         """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
-from router.answers import Content
-from router.choice import Choice, Usage, group_id, total_usage
+from router.answers import Content, with_usage
+from router.choice import Choice, group_id, total_usage
 from router.completion_logprobs import (
     Entries,
     LogprobLists,
@@ -54,23 +54,19 @@ class CompletionAnswer:
 
     @property
     def is_heavy(self) -> bool:
-        return bool(self._request.echo)
-
-    @property
-    def _with_usage(self) -> bool:
-        options = self._request.stream_options
-        return options is not None and options.include_usage
+        return bool(self._request.echo) or self._request.prompt_logprobs is not None
 
     async def chunk(self, choice: Choice, delta: TextDelta) -> Content:
-        """If the client asked for usage, chunks before the last one carry a null."""
         of_prompt = await self._of_prompt(choice)
         is_first = choice not in self._begun
         self._begun.add(choice)
         content: Content = {**self._head, "choices": [self._choice(choice, delta, of_prompt, shows_prompt=is_first)]}
-        return content | {"usage": None} if self._with_usage else content
+        return with_usage(content, self._request.stream_usage, self.choices)
 
     def last_chunk(self) -> Content | None:
-        return {**self._head, "choices": [], "usage": self._usage()} if self._with_usage else None
+        if not self._request.stream_usage.include_usage:
+            return None
+        return {**self._head, "choices": [], "usage": total_usage(self.choices).as_dict()}
 
     async def whole(self, deltas: list[list[TextDelta]]) -> Content:
         contents = []
@@ -79,14 +75,8 @@ class CompletionAnswer:
             compose = partial(self._choice, choice, _joined(parts), of_prompt, shows_prompt=True)
             is_long = self._request.logprobs is not None and choice.usage.completion_tokens >= LONG_REPORT
             contents.append(await asyncio.to_thread(compose) if is_long else compose())
-            if of_prompt.by_id is not None:
-                contents[-1]["prompt_logprobs"] = of_prompt.by_id
             await asyncio.sleep(0)
-        return {**self._head, "choices": contents, "usage": self._usage()}
-
-    def _usage(self) -> dict[str, int]:
-        usage: Usage = total_usage(self.choices)
-        return asdict(usage) | {"total_tokens": usage.total_tokens}
+        return {**self._head, "choices": contents, "usage": total_usage(self.choices).as_dict()}
 
     def _choice(self, choice: Choice, delta: TextDelta, of_prompt: _OfPrompt, *, shows_prompt: bool) -> Content:
         logprobs = None
@@ -100,14 +90,17 @@ class CompletionAnswer:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
+        if shows_prompt and of_prompt.by_id is not None:
+            content["prompt_logprobs"] = of_prompt.by_id
         return content | {"token_ids": delta.token_ids} if self._request.return_token_ids else content
 
     async def _of_prompt(self, choice: Choice) -> _OfPrompt:
-        """Made once per prompt; `choice` has its first delta."""
+        """Made once per prompt."""
         if not self._request.echo and self._request.prompt_logprobs is None:
             return _OfPrompt()
         known = self._prompts.get(choice.first)
         if known is None:
+            await choice.prompt_known()
             is_long = len(choice.generation.request.token_ids) >= LONG_REPORT
             known = await asyncio.to_thread(self._read_prompt, choice) if is_long else self._read_prompt(choice)
             self._prompts[choice.first] = known

@@ -88,6 +88,10 @@ class Generation:
             raise StopAsyncIteration
         return event
 
+    async def first_token(self) -> None:
+        """Returns once a token is out, or it is over. Raises the error that ended it without any."""
+        await self._output.first_token()
+
     @property
     def decision(self) -> Decision | None:
         """Path and reason of the attempt that delivered the first token, or of the latest one before that."""

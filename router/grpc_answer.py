@@ -44,6 +44,7 @@ class GrpcAnswer:
     async def _add_prompt(self, response: pb.GenerateResponse, choice: Choice) -> None:
         if self._request.echo:
             response.text = prompt_text(self._request, choice, self._tokenizer) + response.text
+        await choice.prompt_known()
         num_top = choice.first.generation.request.sampling.prompt_logprobs
 
         def read() -> list[pb.TokenLogprob]:

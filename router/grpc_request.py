@@ -42,6 +42,7 @@ def read_request(request: pb.GenerateRequest) -> CompletionRequest:
             "stop_token_ids": list(sampling.stop_token_ids),
             "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()},
             "ignore_eos": sampling.ignore_eos,
+            "include_stop_str_in_output": sampling.include_stop_str_in_output,
             "echo": request.echo,
             "return_token_ids": request.return_token_ids,
         }

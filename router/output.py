@@ -38,6 +38,7 @@ class Output:
         self._error: BatonError | None = None
         self._end_was_read = False
         self._news = asyncio.Event()
+        self._begun = asyncio.Event()
 
     @property
     def is_over(self) -> bool:
@@ -64,6 +65,12 @@ class Output:
             raise self._error
         return None
 
+    async def first_token(self) -> None:
+        """Returns once a token is out, or it is over. Raises the error that ended it without any."""
+        await self._begun.wait()
+        if not self.emitted and self._error is not None:
+            raise self._error
+
     def add(self, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] = ()) -> None:
         """Tokens in order, each exactly once. `logprobs`: one per token, or none at all in the whole request."""
         now = self._clock.now()
@@ -77,6 +84,7 @@ class Output:
         self._unread_logprobs.extend(logprobs)
         self._metrics.output_tokens.inc(len(tokens))
         self._news.set()
+        self._begun.set()
 
     def finish(self, reason: str) -> None:
         """The request is complete. A no-op once it is over."""
@@ -95,6 +103,7 @@ class Output:
 
     def _end(self, event: str, label: str) -> None:
         self._news.set()
+        self._begun.set()
         self._record.mark(event)
         self._metrics.requests.labels(self._path, label).inc()
         self._metrics.e2e.labels(self._path).observe(self._clock.now() - self._record.received_at)

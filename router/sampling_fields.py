@@ -33,7 +33,11 @@ NumTop = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 
 
 class SamplingFields(BaseModel):
-    """What each means is said at `baton.common.sampling.SamplingParams`."""
+    """What each means is said at `baton.common.sampling.SamplingParams`.
+
+    `stop` strings are looked for here in the router; with `include_stop_str_in_output` the text ends behind the one
+    found, or behind the stop token.
+    """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -48,6 +52,7 @@ class SamplingFields(BaseModel):
     logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=_MAX_BIASES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    include_stop_str_in_output: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=_MAX_STOP_TOKENS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     ignore_eos: bool | None = None

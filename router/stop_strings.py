@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Holds back the end of the text while it could be the beginning of a stop string; neither the stop string nor
-    anything after it ever comes out.
+    """Holds back the end of the text while it could be the beginning of a stop string. Nothing behind a stop string
+    ever comes out, nor the stop string itself unless it is to be included.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, included: bool = False) -> None:
         self.found: str | None = None  # the stop string that ended the output
         self._stops = [stop for stop in stops if stop]
+        self._included = included
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -23,7 +24,8 @@ class StopStrings:
         found = [(at, stop) for at, stop in ((self._held.find(stop), stop) for stop in self._stops) if at >= 0]
         if found:
             at, self.found = min(found, key=lambda place: place[0])
-            safe, self._held = self._held[:at], ""
+            end = at + len(self.found) if self._included else at
+            safe, self._held = self._held[:end], ""
             return safe, True
         keep = self._longest_partial()
         safe, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -155,7 +155,7 @@ class Submitter:
                 for number in range(num_choices):
                     one = _for_choice(sampling, number)
                     request = GenerationRequest(ids[len(choices)], prompt, one, timeout_s)
-                    assembler = TextAssembler(self.tokenizer, prompt, fields.stop_strings, one)
+                    assembler = self._assembler(prompt, fields, one)
                     generation = self._dispatcher.submit(request, shared)
                     choices.append(Choice(len(choices), generation, assembler, first, prompt_only=limit == 0))
                     first = first or choices[-1]
@@ -165,6 +165,10 @@ class Submitter:
                 choice.close()
             raise
         return choices
+
+    def _assembler(self, prompt: TokenIds, fields: SamplingFields, sampling: SamplingParams) -> TextAssembler:
+        include_stop = bool(fields.include_stop_str_in_output)
+        return TextAssembler(self.tokenizer, prompt, fields.stop_strings, sampling, include_stop=include_stop)
 
     def cancel(self, request_id: str) -> bool:
         """Cancel what still runs of a request; False if nothing does."""

@@ -32,14 +32,23 @@ class TextDelta:
 
 
 class TextAssembler:
-    """The token that ends an output (an EOS or stop id) counts as a token and has no text.
+    """The token that ends an output (an EOS or stop id) counts as a token and has no text, unless `include_stop`.
 
     Stop strings are looked for in the text of the tokens after the first `min_tokens` only.
     """
 
-    def __init__(self, decoder: Decoder, prompt: Sequence[int], stop: Sequence[str], sampling: SamplingParams) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        sampling: SamplingParams,
+        *,
+        include_stop: bool = False,
+    ) -> None:
         self._detokenizer = Detokenizer(decoder, prompt)
-        self._stop = StopStrings(stop)
+        self._stop = StopStrings(stop, included=include_stop)
+        self._include_stop = include_stop
         self._stop_token_ids = sampling.stop_token_ids
         self._min_tokens = sampling.min_tokens
         self._num_tokens = 0
@@ -53,7 +62,7 @@ class TextAssembler:
         last = len(event.token_ids) - 1
         for index, token_id in enumerate(event.token_ids):
             offsets.append(self._num_chars)
-            if end_token is not None and index == last:
+            if end_token is not None and index == last and not self._include_stop:
                 break
             safe, stopped = self._add(self._detokenizer.push(token_id))
             pieces.append(safe)

@@ -34,7 +34,6 @@ class UnsupportedFields(BaseModel):
     guided_grammar: Nothing = None
     guided_json: Nothing = None
     guided_regex: Nothing = None
-    include_stop_str_in_output: Off = None
     kv_transfer_params: Nothing = None
     length_penalty: UnitPenalty = None
     logits_processors: EmptyList = None

@@ -69,6 +69,21 @@ async def test_both_paths_answer_over_http_stream_and_grpc(workers: list[FakeWor
         assert not any(response.HasField("finish_reason") for response in responses[:-1])
 
 
+async def test_every_chunk_carries_the_usage_so_far_where_that_is_asked_for(
+    workers: list[FakeWorker], served: Served
+) -> None:
+    workers.append(FakeWorker("d0", script=answer))
+    await served.attach(*workers)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    _, (*parts, last) = await stream(served, max_tokens=4, n=2, return_token_ids=True, stream_options=options)
+    seen = 0
+    for part in parts:
+        seen += len(part["choices"][0]["token_ids"])
+        assert part["usage"]["prompt_tokens"] == 3
+        assert part["usage"]["completion_tokens"] >= seen
+    assert last["usage"] == parts[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
+
+
 async def test_chunks_carry_no_usage_and_no_ids_unless_asked(workers: list[FakeWorker], served: Served) -> None:
     workers.append(FakeWorker("d0", script=answer))
     await served.attach(*workers)

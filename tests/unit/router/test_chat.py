@@ -95,6 +95,19 @@ async def test_a_stream_begins_with_the_role_and_ends_with_usage(workers: list[F
     assert last["usage"]["completion_tokens"] == 9
 
 
+async def test_every_chunk_carries_the_usage_so_far_where_that_is_asked_for(
+    workers: list[FakeWorker], chatting: Served
+) -> None:
+    workers.append(FakeWorker("d0", script=speaker(chatting, "abc")))
+    await chatting.attach(*workers)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = await chunks_of(chatting, stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[0] >= 1
+    assert counts[-2:] == [3, 3]
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_logprobs_have_the_chat_form(workers: list[FakeWorker], chatting: Served, streamed: bool) -> None:
     workers.append(FakeWorker("d0", script=speaker(chatting, "h\u00e9", step=2)))

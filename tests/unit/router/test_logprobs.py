@@ -18,7 +18,7 @@ from protos import worker_pb2 as wpb
 from router.completion_logprobs import LogprobLists
 from router.json_pieces import dumps, encode
 from router.report_limit import check_reports
-from tests.support.fake_worker import FakeWorker
+from tests.support.fake_worker import FakeWorker, answer
 from tests.unit.router.conftest import EOS_ID, MODEL, Served, byte_tokenizer, serving
 from tests.unit.router.test_text import BYTE_IDS, sentencepiece_tokenizer
 
@@ -172,6 +172,96 @@ async def test_every_choice_echoes_what_the_first_has_learnt(workers: list[FakeW
     (b_id,) = served.tokenizer.encode("b")
     assert second[str(b_id)] == {"logprob": -b_id / 4, "rank": 3, "decoded_token": "b"}
     assert second["2"] == {"logprob": -2.0, "rank": 2, "decoded_token": served.tokenizer.texts.text(2)}
+
+
+@pytest.mark.parametrize("over", ["HTTP", "gRPC"])
+async def test_a_choice_that_is_sooner_than_the_report_on_its_prompt_waits_for_it(
+    workers: list[FakeWorker], over: str
+) -> None:
+    """The prefill worker's first token, and with it the report, is late; decode already answers the second choice."""
+    prefill, decode = FakeWorker("p0", "prefill", answer), FakeWorker("d0", "decode", answer)
+    workers.extend((prefill, decode))
+    async with serving(router={"policy": "remote"}) as served:
+        await served.attach(*workers)
+        prefill.script, decode.script = None, reserve_only
+        fields = {"model": MODEL, "prompt": "abc", "echo": True, "logprobs": 1, "max_tokens": 2, "n": 2, "stream": True}
+        if over == "HTTP":
+            post = served.http.build_request("POST", "/v1/completions", json=fields)
+            opening = asyncio.create_task(served.http.send(post, stream=True))
+        else:
+            sampling = pb.SamplingParams(max_tokens=2, n=2)
+            call = served.grpc.Generate(
+                pb.GenerateRequest(model=MODEL, text="abc", echo=True, logprobs=1, sampling=sampling)
+            )
+            collecting = asyncio.create_task(collect(call))
+        ids = served.tokenizer.encode("abcwxyz")
+        first = (await prefill.next_frame("prefill")).key
+        say(decode, first, 1, ids[4:5], finish_reason="length")
+        second = (await decode.next_frame("generate")).key
+        say(decode, second, 0, ids[5:], finish_reason="length")
+        await served.until(lambda: ended(served, second.request_id))
+        if over == "HTTP":
+            response = await opening
+        say(prefill, first, 0, ids[3:4], prompt_logprobs=map(known, ids[1:3]))
+        if over == "HTTP":
+            lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+            chunks = [json.loads(line)["choices"][0] for line in lines[:-1]]
+            texts = ["".join(chunk["text"] for chunk in chunks if chunk["index"] == index) for index in (0, 1)]
+            assert next(chunk for chunk in chunks if chunk["index"] == 1)["logprobs"]["tokens"][:3] == ["a", "b", "c"]
+        else:
+            answers = await collecting
+            texts = ["".join(one.text for one in answers if one.index == index) for index in (0, 1)]
+            assert [len(one.prompt_logprobs) for one in answers if one.index == 1] == [2]
+        assert texts == ["abcwx", "abcyz"]
+
+
+def reserve_only(worker: FakeWorker, frame: wpb.RouterFrame) -> None:
+    if frame.HasField("open"):
+        answer(worker, frame)
+
+
+def ended(served: Served, request_id: str) -> bool:
+    record = served.router.recent.get(request_id)
+    return record is not None and record.finish_reason is not None
+
+
+async def collect(call: Any) -> list[pb.GenerateResponse]:
+    return [response async for response in call]
+
+
+async def test_a_streams_first_chunks_carry_the_report_on_the_prompt(workers: list[FakeWorker], served: Served) -> None:
+    workers.append(FakeWorker("d0", script=speaker(served, "xy")))
+    await served.attach(*workers)
+    fields = {"prompt": "abc", "max_tokens": 2, "n": 2, "prompt_logprobs": 1}
+    whole = (await served.complete(**fields)).json()["choices"]
+    chunks = await chunks_of(served, **fields)
+    for index in (0, 1):
+        own = [chunk for chunk in chunks if chunk["index"] == index]
+        assert own[0]["prompt_logprobs"] == whole[index]["prompt_logprobs"]
+        assert not any("prompt_logprobs" in chunk for chunk in own[1:])
+    assert whole[0]["prompt_logprobs"][0] is None
+    assert len(whole[0]["prompt_logprobs"]) == 3
+
+
+async def test_a_stop_string_or_token_is_part_of_the_text_where_that_is_asked_for(
+    workers: list[FakeWorker], served: Served
+) -> None:
+    workers.append(FakeWorker("d0", script=speaker(served, "oneENDtwo", step=4)))
+    await served.attach(*workers)
+    asked = {"include_stop_str_in_output": True, "max_tokens": 9}
+    (choice,) = (await served.complete(stop="END", **asked)).json()["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("oneEND", "stop", "END")
+    assert "".join(chunk["text"] for chunk in await chunks_of(served, prompt="a", stop="END", **asked)) == "oneEND"
+    sampling = pb.SamplingParams(max_tokens=9, stop=["END"], include_stop_str_in_output=True)
+    responses = await collect(served.grpc.Generate(pb.GenerateRequest(model=MODEL, text="a", sampling=sampling)))
+    assert "".join(response.text for response in responses) == "oneEND"
+    (q_id,) = served.tokenizer.encode("q")
+    workers[0].script = speaker(served, "aq", "stop")
+    (choice,) = (await served.complete(stop_token_ids=[q_id], **asked)).json()["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("aq", "stop", q_id)
+    workers[0].script = lambda worker, frame: say(worker, frame.generate.key, 0, [EOS_ID], finish_reason="stop")
+    (choice,) = (await served.complete(**asked)).json()["choices"]
+    assert (choice["text"], choice["stop_reason"]) == ("", EOS_ID), "special tokens have no text"
 
 
 async def test_reports_end_with_the_output(workers: list[FakeWorker], served: Served) -> None:

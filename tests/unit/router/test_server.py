@@ -175,7 +175,9 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_one_that_reads_slowly_
         client.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(client, b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 500)
-        await served.until(lambda: any(isinstance(one, BoundedH11Protocol) and one.flow.write_paused for one in connections))
+        await served.until(
+            lambda: any(isinstance(one, BoundedH11Protocol) and one.flow.write_paused for one in connections)
+        )
         if stalls:
             await served.until(lambda: not connections)
             return
@@ -183,6 +185,11 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_one_that_reads_slowly_
             assert await loop.sock_recv(client, 1 << 20)
             await asyncio.sleep(0.1)
         assert connections
+
+
+def is_write_paused(connection: object) -> bool:
+    assert isinstance(connection, BoundedH11Protocol)
+    return connection.flow.write_paused
 
 
 async def test_an_event_stream_that_never_started_is_ended_too() -> None:

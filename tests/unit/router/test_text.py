@@ -114,22 +114,29 @@ def test_bytes_that_can_never_become_a_character_do_not_hold_the_text_back_for_e
 @given(
     st.text(alphabet="ab\u4f60"),
     st.lists(st.text(alphabet="ab\u4f60", min_size=1, max_size=3), max_size=3),
+    st.booleans(),
     st.data(),
 )
-def test_stop_strings_cut_where_the_whole_text_would_be_cut(text: str, stops: list[str], data: st.DataObject) -> None:
-    checker, out, stopped, rest = StopStrings(stops), "", False, text
+def test_stop_strings_cut_where_the_whole_text_would_be_cut(
+    text: str, stops: list[str], included: bool, data: st.DataObject
+) -> None:
+    checker, out, stopped, rest = StopStrings(stops, included=included), "", False, text
     while rest and not stopped:
         size = data.draw(st.integers(1, len(rest)))
         piece, rest = rest[:size], rest[size:]
         safe, stopped = checker.push(piece)
         out += safe
         seen = text[: len(text) - len(rest)]
-        assert not any(stop in out for stop in stops)
+        assert not any(stop in out for stop in stops) or (stopped and included)
         assert seen.startswith(out)
     out += "" if stopped else checker.flush()
     assert stopped == any(stop in text for stop in stops)
     if not stopped:
         assert out == text
+    elif included:
+        assert checker.found is not None
+        assert out.endswith(checker.found)
+        assert not any(stop in out[: len(out) - len(checker.found)] for stop in stops)
     else:
         assert any(text.startswith(out + stop) for stop in stops)
 
