@@ -22,15 +22,21 @@ class ChatTemplates:
     tokens: Mapping[str, object]
 
     @classmethod
-    def load(cls, model: Path) -> ChatTemplates:
-        """Files beside the tokenizer win over its configuration, as in transformers. Raises ConfigError."""
+    def load(cls, model: Path, instead: Path | None = None) -> ChatTemplates:
+        """Files beside the tokenizer win over its configuration, as in transformers. Raises ConfigError.
+
+        `instead`: a file with the only template that there is to be.
+        """
         config = read_json(model / "tokenizer_config.json")
+        tokens = _special_tokens(config, read_json(model / "special_tokens_map.json"))
+        if instead is not None:
+            return cls({DEFAULT: _read(instead, "chat_template")}, tokens)
         sources = _configured(config.get("chat_template"))
         files = {path.stem: path for path in sorted((model / "additional_chat_templates").glob("*.jinja"))}
         if (model / "chat_template.jinja").is_file():
             files[DEFAULT] = model / "chat_template.jinja"
-        sources |= {name: _read(path) for name, path in files.items()}
-        return cls(sources, _special_tokens(config, read_json(model / "special_tokens_map.json")))
+        sources |= {name: _read(path, "model") for name, path in files.items()}
+        return cls(sources, tokens)
 
 
 def _configured(value: object) -> dict[str, str]:
@@ -53,11 +59,12 @@ def _special_tokens(*files: Mapping[str, object]) -> dict[str, object]:
     return tokens
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, key: str) -> str:
+    """`key`: the setting that is wrong where the file is."""
     try:
         content = path.read_bytes()
         if len(content) > _MAX_TEMPLATE_BYTES:
-            raise ConfigError("model", f"{path} is larger than {_MAX_TEMPLATE_BYTES} bytes")
+            raise ConfigError(key, f"{path} is larger than {_MAX_TEMPLATE_BYTES} bytes")
         return content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("model", f"{path} cannot be read: {error}") from None
+        raise ConfigError(key, f"{path} cannot be read: {error}") from None

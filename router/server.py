@@ -80,7 +80,7 @@ class Router:
             self.dispatcher, tokenizer, config.model_name, config.server.request_timeout_s, _sampling_defaults(config)
         )
         completions = Completions(submitter)
-        self.reader = RequestReader(chat_templates or ChatTemplates.load(Path(config.model)))
+        self.reader = RequestReader(chat_templates or ChatTemplates.load(Path(config.model), config.chat_template))
         services = Services(self.reader, submitter, completions, self.dispatcher, self.registry)
         self._http = _HttpServer(_uvicorn_config(build_app(services, config.server.max_body_bytes)))
         self._http_task: asyncio.Task[None] | None = None

@@ -39,6 +39,9 @@ def serve(
     generation_config: Annotated[
         str | None, Flag(help="auto: the model's own sampling defaults; none: the API's (default auto).")
     ] = None,
+    chat_template: Annotated[
+        Path | None, Flag(help="File with a jinja template instead of the model's own chat templates.")
+    ] = None,
     policy: Annotated[
         str | None, Flag(help="Where prompts are prefilled: local, remote or auto (default auto).")
     ] = None,
@@ -50,6 +53,7 @@ def serve(
         "revision": revision,
         "served_model_name": served_model_name,
         "generation_config": generation_config,
+        "chat_template": chat_template,
         "cluster.prefill": prefill,
         "cluster.decode": decode,
         "cluster.device": device,

@@ -154,13 +154,15 @@ class BatonConfig(_Section):
 
     `model` is a directory in Hugging Face format, or the id of a model on the hub; then `revision` is its commit,
     branch or tag, by default the newest commit. `generation_config` "none": the sampling defaults that the model
-    recommends are not used, but those of the API (its EOS ids always are).
+    recommends are not used, but those of the API (its EOS ids always are). `chat_template`: a file whose jinja
+    template is used instead of all that come with the model.
     """
 
     model: str
     revision: str | None = None
     served_model_name: str | None = None
     generation_config: Literal["auto", "none"] = "auto"
+    chat_template: Path | None = None
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()
     engine: EngineConfig = EngineConfig()

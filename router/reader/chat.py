@@ -35,8 +35,8 @@ def _template(chat: ChatInput, environment: ChatEnvironment) -> str:
     names = sorted({*environment.variables, *environment.faults})
     if not names:
         message = (
-            "this model has no chat template: put a chat_template.jinja beside its tokenizer.json and start the server "
-            "again, or send the prompt as text to /v1/completions"
+            "this model has no chat template: put a chat_template.jinja beside its tokenizer.json, or name a file with "
+            "--chat-template, and start the server again; or send the prompt as text to /v1/completions"
         )
         raise InvalidRequest(message, "messages", "no_chat_template")
     if chat.chat_template is not None and chat.chat_template not in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -287,3 +288,12 @@ async def test_bad_bodies_of_the_tokenizer_are_refused_by_name(
     response = await chatting.http.post(path, json=body)
     assert response.status_code in (400, 404)
     assert response.json()["error"]["param"] == param
+
+
+async def test_the_operators_template_is_used_instead_of_the_models(workers: list[FakeWorker], tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ messages[0].content }}?")
+    async with serving(chat_template=tmp_path / "own.jinja") as served:
+        workers.append(FakeWorker("d0", script=speaker(served, "x")))
+        await served.attach(*workers)
+        assert (await chat(served, max_tokens=1)).status_code == 200
+        assert list(workers[0].received("generate")[0].spec.token_ids) == list(served.tokenizer.encode("hello?"))

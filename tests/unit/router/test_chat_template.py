@@ -265,6 +265,10 @@ def test_templates_and_tokens_are_found_where_checkpoints_keep_them(tmp_path: Pa
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tool")
     assert ChatTemplates.load(tmp_path).sources == {"default": "new", "rag": "rag", "tool_use": "tool"}
+    (tmp_path / "own.jinja").write_text("own")
+    assert ChatTemplates.load(tmp_path, tmp_path / "own.jinja") == ChatTemplates({"default": "own"}, TOKENS)
+    with pytest.raises(ConfigError, match=r"^chat_template: .*none\.jinja"):
+        ChatTemplates.load(tmp_path, tmp_path / "none.jinja")
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"chat_template\.jinja"):
         ChatTemplates.load(tmp_path)
