@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from baton.chaos.plan import checked_plan, load_plan
+from baton.cli.main import main
 from baton.common.errors import ConfigError
 
 URL = "http://127.0.0.1:8000"
@@ -40,3 +41,15 @@ def test_a_file_that_is_no_plan_is_a_clear_error(tmp_path: Path) -> None:
         load_plan(tmp_path / "plan.yaml")
     with pytest.raises(ConfigError, match="cannot read"):
         load_plan(tmp_path / "none.yaml")
+
+
+def test_the_flags_of_the_command_are_checked_with_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plan.yaml").write_text("faults: [{kind: kill_gcs}]")
+    arguments = ["chaos", str(tmp_path / "plan.yaml"), "--attach", URL, "--model", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["baton", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    assert "takes no kill_gcs" in capsys.readouterr().err
