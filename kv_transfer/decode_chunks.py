@@ -6,37 +6,30 @@ stay matched; what nobody wants is dropped instead of unpacked.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import takewhile
-
 from kv_transfer import coverage
 from kv_transfer import decode_ends as ends
+from kv_transfer import link_protocol as links
 from kv_transfer.decode_ends import Turn
-from kv_transfer.decode_state import DecodeState, Lease, RecvFlight, RecvLink, RecvStage
-from kv_transfer.events import Admit, Received, StartRecv, Unpack, Unpacked
+from kv_transfer.decode_events import Admit, Received, StartRecv, Unpack, Unpacked
+from kv_transfer.decode_state import Lease, RecvFlight, RecvLink, RecvStage
+from kv_transfer.link_state import Link
 from kv_transfer.messages import Abort, Chunk, ChunksDone, Commit, Committed, LeaseKey
 
 
 def on_chunk(turn: Turn, peer: str, chunk: Chunk) -> None:
-    link = turn.state.link(peer)
+    link = turn.link(peer)
     if chunk.seq < link.next_seq:
         return
     if chunk.seq > link.next_seq:
-        ends.lose(turn, peer, f"chunk {link.next_seq} was lost: chunk {chunk.seq} came instead")
+        links.lose(turn, peer, f"chunk {link.next_seq} was lost: chunk {chunk.seq} came instead")
     elif len(link.flights) >= link.slots.window:
-        ends.lose(turn, peer, f"peer exceeded its window of {link.slots.window} chunks")
+        links.lose(turn, peer, f"peer exceeded its window of {link.slots.window} chunks")
     else:
-        turn.state = turn.state.with_link(peer, replace(link, flights=(*link.flights, RecvFlight(chunk))))
-        _count(turn, peer, chunk.lease)
-        start_recvs(turn, peer)
-
-
-def _count(turn: Turn, peer: str, name: LeaseKey) -> None:
-    lease = turn.state.live_lease(peer, name)
-    if lease is None:
-        disown(turn, peer, name)
-    else:
-        turn.state = turn.state.with_lease(replace(lease, announced=lease.announced + 1))
+        flights = (*link.flights, RecvFlight(chunk))
+        link = Link(link.epoch, link.slots, chunk.seq + 1, link.done_through, flights, link.stall_at)
+        if turn.live_lease(peer, chunk.lease) is None:
+            disown(turn, peer, chunk.lease)
+        start_recvs(turn, peer, link)
 
 
 def disown(turn: Turn, peer: str, name: LeaseKey) -> None:
@@ -44,22 +37,21 @@ def disown(turn: Turn, peer: str, name: LeaseKey) -> None:
     turn.tell(peer, Abort(name, "unknown_lease"))
 
 
-def start_recvs(turn: Turn, peer: str) -> None:
-    """Launch receives in order of seq while slots are free."""
-    for index, flight in enumerate(turn.state.link(peer).flights):
-        link = turn.state.link(peer)
-        if flight.stage is not RecvStage.WAITING or link.epoch is None:
-            continue
-        if not link.slots.free:
-            return
-        slot, slots = link.slots.take()
-        receiving = flight._replace(slot=slot, stage=RecvStage.RECEIVING)
-        turn.state = turn.state.with_link(peer, replace(_with_flight(link, index, receiving), slots=slots))
-        turn.act(StartRecv(peer, link.epoch, flight.chunk.seq, slot, flight.chunk.num_bytes))
+def start_recvs(turn: Turn, peer: str, link: RecvLink) -> None:
+    """Launch receives in order of seq while slots are free; `link` is the peer's as it now stands."""
+    if link.epoch is not None and link.slots.free and link.flights and link.flights[-1].stage is RecvStage.WAITING:
+        flights, slots = list(link.flights), link.slots
+        for index, (chunk, _, stage) in enumerate(flights):
+            if stage is RecvStage.WAITING and slots.free:
+                slot, slots = slots.take()
+                flights[index] = RecvFlight(chunk, slot, RecvStage.RECEIVING)
+                turn.act(StartRecv(peer, link.epoch, chunk.seq, slot, chunk.num_bytes))
+        link = link._replace(slots=slots, flights=tuple(flights))
+    turn.put_link(peer, link)
 
 
-def _with_flight(link: RecvLink, index: int, flight: RecvFlight) -> RecvLink:
-    return replace(link, flights=(*link.flights[:index], flight, *link.flights[index + 1 :]))
+def _with(link: RecvLink, index: int, flight: RecvFlight) -> tuple[RecvFlight, ...]:
+    return (*link.flights[:index], flight, *link.flights[index + 1 :])
 
 
 def _flight_index(link: RecvLink, epoch: str, seq: int, stage: RecvStage) -> int | None:
@@ -71,93 +63,97 @@ def _flight_index(link: RecvLink, epoch: str, seq: int, stage: RecvStage) -> int
 
 
 def on_received(turn: Turn, event: Received) -> None:
-    link = turn.state.link(event.peer)
+    link = turn.link(event.peer)
     index = _flight_index(link, event.epoch, event.seq, RecvStage.RECEIVING)
     if index is None:
         return
-    flight = link.flights[index]
-    lease = turn.state.live_lease(event.peer, flight.chunk.lease)
-    if lease is None or not is_wanted(turn.state, lease, flight.chunk):
+    chunk, slot, _ = link.flights[index]
+    lease = turn.live_lease(event.peer, chunk.lease)
+    if lease is None or not is_wanted(turn, lease, chunk):
         _finish(turn, event.peer, index)
         if lease is not None:
-            try_admit(turn, lease.lease)
+            try_admit(turn, lease)
         return
-    unpacking = replace(_with_flight(link, index, flight._replace(stage=RecvStage.UNPACKING)), stall_at=None)
-    turn.state = turn.state.with_link(event.peer, unpacking)
-    chunk = flight.chunk
-    turn.act(Unpack(event.peer, event.epoch, chunk.seq, flight.slot, chunk.lease, chunk.segment, chunk.fingerprints))
+    flights = _with(link, index, RecvFlight(chunk, slot, RecvStage.UNPACKING))
+    turn.put_link(event.peer, Link(link.epoch, link.slots, link.next_seq, link.done_through, flights))
+    turn.act(Unpack(event.peer, event.epoch, chunk.seq, slot, chunk.lease, chunk.segment, chunk.fingerprints))
 
 
-def is_wanted(state: DecodeState, lease: Lease, chunk: Chunk) -> bool:
+def is_wanted(turn: Turn, lease: Lease, chunk: Chunk) -> bool:
     """Whether the segment lies in the lease's rectangle and is neither there nor on its way there."""
-    unpacking = (f.chunk for f in state.link(lease.peer).flights if f.stage is RecvStage.UNPACKING)
-    taken = (*lease.received, *(other.segment for other in unpacking if other.lease == chunk.lease))
-    return coverage.accepts(taken, chunk.segment, state.num_layers, lease.first_block, lease.num_blocks)
+    wanted = coverage.inside(chunk.segment, turn.num_layers, lease.first_block, lease.num_blocks)
+    if not wanted or coverage.meets(lease.covered, chunk.segment):
+        return False
+    for other, _, stage in turn.link(lease.peer).flights:
+        rival = stage is RecvStage.UNPACKING and other.lease == chunk.lease
+        if rival and coverage.overlap(other.segment, chunk.segment):
+            return False
+    return True
 
 
 def on_unpacked(turn: Turn, event: Unpacked) -> None:
-    link = turn.state.link(event.peer)
+    link = turn.link(event.peer)
     index = _flight_index(link, event.epoch, event.seq, RecvStage.UNPACKING)
     if index is None:
         return
     chunk = link.flights[index].chunk
     _finish(turn, event.peer, index)
-    lease = turn.state.live_lease(event.peer, chunk.lease)
+    lease = turn.live_lease(event.peer, chunk.lease)
     if lease is None:
         ends.settle(turn, chunk.lease.lease)
     elif event.ok:
-        turn.state = turn.state.with_lease(replace(lease, received=(*lease.received, chunk.segment)))
-        try_admit(turn, lease.lease)
+        lease = lease.received(chunk.segment)
+        turn.change(lease)
+        try_admit(turn, lease)
     else:
         ends.fail(turn, lease, "corrupt", f"chunk {event.seq} does not match its fingerprints")
 
 
 def _finish(turn: Turn, peer: str, index: int) -> None:
     """Free the slot and return credits, cumulatively and in order of seq."""
-    link = turn.state.link(peer)
-    done = link.flights[index]._replace(slot=-1, stage=RecvStage.DONE)
-    link = replace(_with_flight(link, index, done), slots=link.slots.give(link.flights[index].slot), stall_at=None)
-    passed = len(tuple(takewhile(lambda flight: flight.stage is RecvStage.DONE, link.flights)))
-    link = replace(link, done_through=link.done_through + passed, flights=link.flights[passed:])
-    turn.state = turn.state.with_link(peer, link)
+    link = turn.link(peer)
+    chunk, slot, _ = link.flights[index]
+    flights = _with(link, index, RecvFlight(chunk, -1, RecvStage.DONE))
+    passed = next((at for at, flight in enumerate(flights) if flight.stage is not RecvStage.DONE), len(flights))
+    through = link.done_through + passed
+    link = Link(link.epoch, link.slots.give(slot), link.next_seq, through, flights[passed:])
     if passed:
-        turn.tell(peer, ChunksDone(link.done_through))
-    start_recvs(turn, peer)
+        turn.tell(peer, ChunksDone(through))
+    start_recvs(turn, peer, link)
 
 
 # ---- commit
 
 
 def on_commit(turn: Turn, peer: str, commit: Commit) -> None:
-    lease = turn.state.live_lease(peer, commit.lease)
+    lease = turn.live_lease(peer, commit.lease)
     if lease is None:
         disown(turn, peer, commit.lease)
     elif lease.commit is None:
-        turn.state = turn.state.with_lease(replace(lease, commit=commit))
-        try_admit(turn, lease.lease)
+        lease = lease._replace(commit=commit)
+        turn.change(lease)
+        try_admit(turn, lease)
 
 
-def try_admit(turn: Turn, number: int) -> None:
+def try_admit(turn: Turn, lease: Lease) -> None:
     """Admit a committed lease whose announced chunks are all processed, or end it if they do not add up."""
-    lease = turn.state.leases[number]
     commit = lease.commit
-    if commit is None or _chunks_pending(turn.state, lease):
+    if commit is None or _chunks_pending(turn, lease):
         return
-    if not adds_up(turn.state, lease, commit):
+    if not adds_up(turn, lease, commit):
         ends.fail(turn, lease, "incomplete", "the commit does not match what was received")
         return
-    turn.state = turn.state.without_lease(lease)
+    turn.forget(lease.lease, lease)
     turn.act(Admit(lease.key, commit.lease, commit.num_tokens, commit.first_token))
     turn.tell(lease.peer, Committed(commit.lease))
 
 
-def _chunks_pending(state: DecodeState, lease: Lease) -> bool:
-    flights = state.link(lease.peer).flights
-    return any(f.stage is not RecvStage.DONE and f.chunk.lease == lease.name for f in flights)
+def _chunks_pending(turn: Turn, lease: Lease) -> bool:
+    flights = turn.link(lease.peer).flights
+    return any(flight.stage is not RecvStage.DONE and flight.chunk.lease == lease.name for flight in flights)
 
 
-def adds_up(state: DecodeState, lease: Lease, commit: Commit) -> bool:
+def adds_up(turn: Turn, lease: Lease, commit: Commit) -> bool:
     """All KV is there exactly once, in as many chunks as were sent, for the prompt that was reserved for (I5)."""
-    chunks = commit.num_chunks == lease.announced == len(lease.received)
-    complete = coverage.is_complete(lease.received, state.num_layers, lease.first_block, lease.num_blocks)
-    return chunks and complete and commit.num_tokens == lease.num_tokens
+    complete = coverage.is_complete(lease.covered, turn.num_layers, lease.first_block, lease.num_blocks)
+    return complete and commit.num_chunks == lease.num_received and commit.num_tokens == lease.num_tokens

@@ -1,4 +1,4 @@
-"""How leases and epochs end at the decode end. Used by the handlers of `decode_protocol` and `decode_chunks` only.
+"""How leases end at the decode end. Used by the handlers of `decode_protocol` and `decode_chunks` only.
 
 The rules here carry invariants I1 and I2: blocks go back only when no unpack into them can run, and every end is
 reported to the router once, and to the peer unless it knows.
@@ -6,39 +6,64 @@ reported to the router once, and to the peer unless it knows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from kv_transfer import link_protocol
+from kv_transfer.decode_events import DecodeAction, ReleaseLease
+from kv_transfer.decode_state import DecodeState, Lease, LeasePhase, RecvFlight
+from kv_transfer.messages import Abort, DecodeMessage, LeaseKey
 
-from kv_transfer.decode_state import DecodeState, Lease, LeasePhase, RecvLink, RecvStage
-from kv_transfer.events import AttemptKey, DecodeAction, DestroyEpoch, ReleaseLease, ReportFailed, SendMessage
-from kv_transfer.messages import Abort, DecodeMessage
 
+class Turn(link_protocol.Turn[int, RecvFlight, Lease, DecodeAction, DecodeMessage]):
+    """One step of the decode end in the making."""
 
-@dataclass(slots=True)
-class Turn:
-    """One step in the making: handlers replace `state` and append to `actions`."""
+    __slots__ = ("next_lease", "num_layers")
 
-    state: DecodeState
-    actions: list[DecodeAction] = field(default_factory=list)
+    def __init__(self, state: DecodeState) -> None:
+        (
+            self.num_layers,
+            self.stall_timeout,
+            self.now,
+            self.next_lease,
+            self.links,
+            self.holders,
+            self.aliases,
+            self.ended,
+        ) = state
+        self.actions = []
 
-    def act(self, action: DecodeAction) -> None:
-        self.actions.append(action)
+    def result(self) -> DecodeState:
+        return DecodeState(
+            self.num_layers,
+            self.stall_timeout,
+            self.now,
+            self.next_lease,
+            self.links,
+            self.holders,
+            self.aliases,
+            self.ended,
+        )
 
-    def tell(self, peer: str, message: DecodeMessage) -> None:
-        """Say it to the peer if it is connected."""
-        epoch = self.state.link(peer).epoch
-        if epoch is not None:
-            self.act(SendMessage(peer, epoch, message))
+    def fail(self, holder: Lease, code: str, reason: str) -> None:
+        fail(self, holder, code, reason)
+
+    def settle(self, name: int) -> None:
+        settle(self, name)
+
+    def change(self, lease: Lease) -> None:
+        self.put(lease.lease, lease)
+
+    def live_lease(self, peer: str, name: LeaseKey) -> Lease | None:
+        """The reserved lease that `peer` may write to under this name; None when it is unknown, ended or another's."""
+        lease = self.holders.get(name.lease)
+        if lease is None or lease.phase is not LeasePhase.RESERVED or lease.peer != peer or lease.name != name:
+            return None
+        return lease
 
 
 def fail(turn: Turn, lease: Lease, code: str, reason: str) -> None:
     """End a live lease that nobody else has ended: tell the peer and the router."""
     tell_abort(turn, lease, code)
-    report(turn, lease.key, code, reason)
+    turn.report(lease.key, code, reason)
     drain(turn, lease)
-
-
-def report(turn: Turn, key: AttemptKey, code: str, reason: str) -> None:
-    turn.act(ReportFailed(key, code, reason))
 
 
 def tell_abort(turn: Turn, lease: Lease, reason: str) -> None:
@@ -49,34 +74,19 @@ def tell_abort(turn: Turn, lease: Lease, reason: str) -> None:
 
 def drain(turn: Turn, lease: Lease) -> None:
     """Give the lease's blocks back as soon as the engine has answered and no unpack writes to them."""
-    turn.state = turn.state.with_lease(replace(lease, phase=LeasePhase.DRAINING))
+    turn.change(lease._replace(phase=LeasePhase.DRAINING))
     settle(turn, lease.lease)
 
 
 def settle(turn: Turn, number: int) -> None:
-    lease = turn.state.leases.get(number)
+    lease = turn.holders.get(number)
     if lease is None or lease.phase is not LeasePhase.DRAINING or lease.name is None:
         return
-    if not unpack_in_flight(turn.state, lease):
-        turn.state = turn.state.without_lease(lease)
+    if not unpack_in_flight(turn, lease):
+        turn.forget(number, lease)
         turn.act(ReleaseLease(lease.key, lease.name))
 
 
-def unpack_in_flight(state: DecodeState, lease: Lease) -> bool:
-    link = state.link(lease.peer)
-    unpacking = any(f.stage is RecvStage.UNPACKING and f.chunk.lease == lease.name for f in link.flights)
-    return unpacking or link.slots.pinned(lease.lease)
-
-
-def lose(turn: Turn, peer: str, reason: str) -> None:
-    """Tear the live epoch down: its slots are quarantined, the peer's leases fail, its unpacks pin them."""
-    link = turn.state.link(peer)
-    if link.epoch is None:
-        return
-    turn.act(DestroyEpoch(peer, link.epoch, reason))
-    pins = tuple({f.chunk.lease.lease: None for f in link.flights if f.stage is RecvStage.UNPACKING})
-    slots = link.slots.lose_epoch(link.epoch, tuple(f.slot for f in link.flights if f.slot >= 0), pins)
-    turn.state = turn.state.with_link(peer, RecvLink(slots=slots))
-    for lease in turn.state.leases_of(peer):
-        if lease.phase is not LeasePhase.DRAINING:
-            fail(turn, lease, "peer_lost", reason)
+def unpack_in_flight(turn: Turn, lease: Lease) -> bool:
+    link = turn.link(lease.peer)
+    return any(flight.pin == lease.lease for flight in link.flights) or link.slots.pinned(lease.lease)

@@ -8,32 +8,27 @@ receives in order of seq, credits returned in order, an Abort for every lease th
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import assert_never
 
 from kv_transfer import decode_chunks as chunks
 from kv_transfer import decode_ends as ends
+from kv_transfer import link_protocol as links
 from kv_transfer.decode_ends import Turn
-from kv_transfer.decode_state import DecodeState, Lease, LeasePhase, RecvLink
-from kv_transfer.events import (
-    AttemptKey,
+from kv_transfer.decode_events import (
     BlocksRefused,
     BlocksReserved,
-    Cancel,
     DecodeAction,
     DecodeEvent,
-    EpochDestroyed,
     FromPrefill,
     OpenRequested,
-    PeerConnected,
-    PeerLost,
     Received,
     ReportRefused,
     ReportReserved,
     ReserveBlocks,
-    Tick,
     Unpacked,
 )
+from kv_transfer.decode_state import DecodeState, Lease, LeasePhase
+from kv_transfer.link_events import AttemptKey, Cancel, EpochDestroyed, PeerConnected, PeerLost, Tick
 from kv_transfer.messages import Abort, Chunk, Commit, Finish, LeaseKey
 
 __all__ = ["DecodeState", "decode_step"]
@@ -42,7 +37,7 @@ __all__ = ["DecodeState", "decode_step"]
 def decode_step(state: DecodeState, event: DecodeEvent) -> tuple[DecodeState, tuple[DecodeAction, ...]]:
     turn = Turn(state)
     handle(turn, event)
-    return turn.state, tuple(turn.actions)
+    return turn.result(), tuple(turn.actions)
 
 
 def handle(turn: Turn, event: DecodeEvent) -> None:
@@ -62,13 +57,14 @@ def handle(turn: Turn, event: DecodeEvent) -> None:
         case Cancel():
             on_cancel(turn, event.key)
         case Tick():
-            on_tick(turn, event.now)
+            links.on_tick(turn, event.now)
         case PeerConnected():
-            on_connected(turn, event)
+            links.on_connected(turn, event)
         case PeerLost():
-            on_lost(turn, event)
+            links.on_lost(turn, event)
         case EpochDestroyed():
-            on_destroyed(turn, event)
+            links.on_destroyed(turn, event)
+            chunks.start_recvs(turn, event.peer, turn.link(event.peer))
         case _:
             assert_never(event)
 
@@ -77,57 +73,60 @@ def handle(turn: Turn, event: DecodeEvent) -> None:
 
 
 def on_open(turn: Turn, event: OpenRequested) -> None:
-    if turn.state.lease_of_attempt(event.key) is not None or event.key in turn.state.ended:
+    if event.key in turn.aliases or event.key in turn.ended:
         return
-    number = turn.state.next_lease
+    number = turn.next_lease
+    turn.next_lease = number + 1
     lease = Lease(number, event.key, event.peer, event.num_tokens, event.deadline)
-    turn.state = replace(turn.state, next_lease=number + 1)
-    if turn.state.link(event.peer).epoch is None:
+    if turn.link(event.peer).epoch is None:
         refuse(turn, lease, "no_connection", f"no connection to {event.peer}")
-    elif event.deadline <= turn.state.now:
+    elif event.deadline <= turn.now:
         refuse(turn, lease, "expired", "the deadline passed before the reservation")
     else:
-        turn.state = turn.state.with_lease(lease)
+        turn.begin(number, lease)
         turn.act(ReserveBlocks(event.key, number))
 
 
 def refuse(turn: Turn, lease: Lease, code: str, reason: str) -> None:
-    turn.state = turn.state.without_lease(lease)
+    turn.forget(lease.lease, lease)
     turn.act(ReportRefused(lease.key, code, reason))
 
 
 def on_reserved(turn: Turn, event: BlocksReserved) -> None:
-    lease = turn.state.leases.get(event.lease)
-    if lease is None or lease.generation is not None:
+    lease = turn.holders.get(event.lease)
+    if lease is None or lease.name is not None:
         return
     name = LeaseKey(event.lease, event.generation)
-    lease = replace(lease, generation=event.generation, first_block=event.first_block, num_blocks=event.num_blocks)
-    if lease.phase is LeasePhase.DRAINING:
+    lease = lease._replace(name=name, first_block=event.first_block, num_blocks=event.num_blocks)
+    if lease.is_over:
         ends.drain(turn, lease)
     else:
-        turn.state = turn.state.with_lease(replace(lease, phase=LeasePhase.RESERVED))
+        turn.change(lease._replace(phase=LeasePhase.RESERVED))
         turn.act(ReportReserved(lease.key, name, event.first_block))
 
 
 def on_refused(turn: Turn, event: BlocksRefused) -> None:
-    lease = turn.state.leases.get(event.lease)
-    if lease is None or lease.generation is not None:
+    lease = turn.holders.get(event.lease)
+    if lease is None or lease.name is not None:
         return
-    if lease.phase is LeasePhase.DRAINING:
-        turn.state = turn.state.without_lease(lease)
+    if lease.is_over:
+        turn.forget(lease.lease, lease)
     else:
         refuse(turn, lease, event.code, event.reason)
 
 
 def on_cancel(turn: Turn, key: AttemptKey) -> None:
-    lease = turn.state.lease_of_attempt(key)
-    if lease is not None and lease.phase is not LeasePhase.DRAINING:
+    lease = turn.find(key)
+    if lease is not None and not lease.is_over:
         ends.tell_abort(turn, lease, "cancelled")
         ends.drain(turn, lease)
 
 
+# ---- from the peer
+
+
 def on_message(turn: Turn, event: FromPrefill) -> None:
-    if turn.state.link(event.peer).epoch != event.epoch:
+    if turn.link(event.peer).epoch != event.epoch:
         return
     match event.message:
         case Chunk():
@@ -144,63 +143,13 @@ def on_message(turn: Turn, event: FromPrefill) -> None:
 
 def on_finish(turn: Turn, peer: str, name: LeaseKey) -> None:
     """The request ended at its first token: the router hears that from prefill."""
-    lease = turn.state.live_lease(peer, name)
+    lease = turn.live_lease(peer, name)
     if lease is not None:
         ends.drain(turn, lease)
 
 
 def on_abort(turn: Turn, peer: str, name: LeaseKey, reason: str) -> None:
-    lease = turn.state.live_lease(peer, name)
+    lease = turn.live_lease(peer, name)
     if lease is not None:
-        ends.report(turn, lease.key, "aborted", f"prefill: {reason}")
+        turn.report(lease.key, "aborted", f"prefill: {reason}")
         ends.drain(turn, lease)
-
-
-# ---- time
-
-
-def on_tick(turn: Turn, now: float) -> None:
-    turn.state = replace(turn.state, now=max(now, turn.state.now))
-    for lease in turn.state.leases.values():
-        if lease.phase is not LeasePhase.DRAINING and lease.deadline <= turn.state.now:
-            ends.fail(turn, lease, "expired", "the deadline passed during the hand-over")
-    for peer in turn.state.links:
-        watch_progress(turn, peer)
-
-
-def watch_progress(turn: Turn, peer: str) -> None:
-    """Tear the epoch down when a chunk is in flight and nothing has moved for `stall_timeout`."""
-    link = turn.state.link(peer)
-    if link.epoch is None or not link.flights:
-        return
-    if link.stall_at is None:
-        turn.state = turn.state.with_link(peer, replace(link, stall_at=turn.state.now + turn.state.stall_timeout))
-    elif link.stall_at <= turn.state.now:
-        ends.lose(turn, peer, "stalled: no chunk moved")
-
-
-# ---- epochs
-
-
-def on_connected(turn: Turn, event: PeerConnected) -> None:
-    link = turn.state.link(event.peer)
-    if link.epoch == event.epoch or link.slots.is_dying(event.epoch):
-        return
-    if link.epoch is not None:
-        ends.lose(turn, event.peer, f"replaced by epoch {event.epoch}")
-    slots = turn.state.link(event.peer).slots.open_epoch(event.window)
-    turn.state = turn.state.with_link(event.peer, RecvLink(epoch=event.epoch, slots=slots))
-
-
-def on_lost(turn: Turn, event: PeerLost) -> None:
-    if turn.state.link(event.peer).epoch == event.epoch:
-        ends.lose(turn, event.peer, event.reason)
-
-
-def on_destroyed(turn: Turn, event: EpochDestroyed) -> None:
-    link = turn.state.link(event.peer)
-    pins = link.slots.pins(event.epoch)
-    turn.state = turn.state.with_link(event.peer, replace(link, slots=link.slots.destroyed(event.epoch)))
-    for lease in pins:
-        ends.settle(turn, lease)
-    chunks.start_recvs(turn, event.peer)

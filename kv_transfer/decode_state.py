@@ -5,15 +5,15 @@ No torch, no I/O, no clock. All times are seconds of the worker's monotonic cloc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
 from enum import IntEnum
 from typing import NamedTuple
 
-from kv_transfer.events import AttemptKey
-from kv_transfer.frozen_map import FrozenMap
+from kv_transfer.coverage import NOTHING, Coverage, add
+from kv_transfer.frozen_map import FrozenMap, FrozenTable
+from kv_transfer.link_events import AttemptKey
+from kv_transfer.link_state import NO_LINK, STALL_TIMEOUT_S, Link
 from kv_transfer.messages import Chunk, Commit, LeaseKey, Segment
-from kv_transfer.protocol_common import ENDED_REMEMBERED, STALL_TIMEOUT_S, Counters, earliest
-from kv_transfer.slots import SlotPool
 
 
 class LeasePhase(IntEnum):
@@ -36,12 +36,23 @@ class RecvStage(IntEnum):
     DONE = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class RecvFlight(NamedTuple):
+    """An announced chunk whose credit has not been returned. It holds `slot` while RECEIVING or UNPACKING, else -1."""
+
+    chunk: Chunk
+    slot: int = -1
+    stage: RecvStage = RecvStage.WAITING
+
+    @property
+    def pin(self) -> int | None:
+        return self.chunk.lease.lease if self.stage is RecvStage.UNPACKING else None
+
+
+class Lease(NamedTuple):
     """A reservation of logical blocks [first_block, num_blocks), to be filled by `peer`.
 
-    `generation` is None until the engine has answered. `announced` counts Chunk messages of this lease; `received`
-    holds the segments that were verified and scattered.
+    `name` is what the peer calls it, None until the engine has given blocks. `num_received`, `covered`: the segments
+    that were verified and scattered, by number and by what they cover.
     """
 
     lease: int
@@ -50,94 +61,64 @@ class Lease:
     num_tokens: int
     deadline: float
     phase: LeasePhase = LeasePhase.OPENING
-    generation: int | None = None
+    name: LeaseKey | None = None
     first_block: int = 0
     num_blocks: int = 0
-    announced: int = 0
-    received: tuple[Segment, ...] = ()
+    num_received: int = 0
+    covered: Coverage = NOTHING
     commit: Commit | None = None
 
-    @property
-    def name(self) -> LeaseKey | None:
-        """What the peer calls it, once it has blocks."""
-        return None if self.generation is None else LeaseKey(self.lease, self.generation)
-
-
-class RecvFlight(NamedTuple):
-    """An announced chunk whose credit has not been returned. It holds `slot` while RECEIVING or UNPACKING, else -1."""
-
-    chunk: Chunk
-    slot: int = -1
-    stage: RecvStage = RecvStage.WAITING
-
-
-@dataclass(frozen=True, slots=True)
-class RecvLink:
-    """The connection to one prefill peer. `flights` are the chunks [done_through, next_seq), in order, without gaps."""
-
-    epoch: str | None = None
-    slots: SlotPool[int] = SlotPool()  # noqa: RUF009 (immutable)
-    done_through: int = 0
-    flights: tuple[RecvFlight, ...] = ()
-    stall_at: float | None = None
+    def received(self, segment: Segment) -> Lease:
+        """With one segment more, that was wanted. Called for every chunk: a third of `_replace`."""
+        return Lease(
+            self.lease,
+            self.key,
+            self.peer,
+            self.num_tokens,
+            self.deadline,
+            self.phase,
+            self.name,
+            self.first_block,
+            self.num_blocks,
+            self.num_received + 1,
+            add(self.covered, segment),
+            self.commit,
+        )
 
     @property
-    def next_seq(self) -> int:
-        return self.done_through + len(self.flights)
+    def alias(self) -> AttemptKey:
+        return self.key
+
+    @property
+    def is_over(self) -> bool:
+        return self.phase is LeasePhase.DRAINING
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeState:
+RecvLink = Link[RecvFlight, int]  # flights are the chunks [done_through, next_seq) without gaps
+
+
+class DecodeState(NamedTuple):
     """Everything the decode end remembers. `ended`: the latest attempts that are over, so that repeats are no-ops."""
 
     num_layers: int
     stall_timeout: float
     now: float = 0.0
     next_lease: int = 1
-    links: FrozenMap[str, RecvLink] = FrozenMap()  # noqa: RUF009 (immutable)
-    leases: FrozenMap[int, Lease] = FrozenMap()  # noqa: RUF009 (immutable)
+    links: FrozenMap[str, RecvLink] = FrozenMap()
+    leases: FrozenTable[int, Lease] = FrozenTable()
+    aliases: FrozenTable[Hashable, int] = FrozenTable()
     ended: tuple[AttemptKey, ...] = ()
 
     @staticmethod
     def initial(num_layers: int, stall_timeout: float = STALL_TIMEOUT_S) -> DecodeState:
         return DecodeState(num_layers=num_layers, stall_timeout=stall_timeout)
 
+    @property
+    def holders(self) -> FrozenTable[int, Lease]:
+        return self.leases
+
     def link(self, peer: str) -> RecvLink:
-        return self.links.get(peer) or RecvLink()
-
-    def with_link(self, peer: str, link: RecvLink) -> DecodeState:
-        """A link that is neither connected nor waiting for an EpochDestroyed is forgotten."""
-        useful = link.epoch is not None or link.slots.dying
-        return replace(self, links=self.links.set(peer, link) if useful else self.links.discard(peer))
-
-    def with_lease(self, lease: Lease) -> DecodeState:
-        return replace(self, leases=self.leases.set(lease.lease, lease))
-
-    def without_lease(self, lease: Lease) -> DecodeState:
-        ended = (*self.ended, lease.key)[-ENDED_REMEMBERED:]
-        return replace(self, leases=self.leases.discard(lease.lease), ended=ended)
+        return self.links.get(peer) or NO_LINK
 
     def leases_of(self, peer: str) -> tuple[Lease, ...]:
         return tuple(lease for lease in self.leases.values() if lease.peer == peer)
-
-    def lease_of_attempt(self, key: AttemptKey) -> Lease | None:
-        return next((lease for lease in self.leases.values() if lease.key == key), None)
-
-    def live_lease(self, peer: str, name: LeaseKey) -> Lease | None:
-        """The reserved lease that `peer` may write to under this name; None when it is unknown, ended or another's."""
-        lease = self.leases.get(name.lease)
-        if lease is None or lease.phase is not LeasePhase.RESERVED or lease.peer != peer or lease.name != name:
-            return None
-        return lease
-
-    def counters(self) -> Counters:
-        links = self.links.values()
-        in_flight = sum(flight.slot >= 0 for link in links for flight in link.flights)
-        return Counters(len(self.leases), in_flight, sum(link.slots.num_quarantined for link in links))
-
-    def next_deadline(self) -> float | None:
-        """When the next Tick is due at the latest, or None while nothing waits."""
-        leases = (lease.deadline for lease in self.leases.values() if lease.phase is not LeasePhase.DRAINING)
-        latest = self.now + self.stall_timeout
-        stalls = (link.stall_at or latest for link in self.links.values() if link.flights)
-        return earliest((*leases, *stalls))

@@ -6,144 +6,170 @@ since: sends and receives of the pair stay matched, and the peer drops what nobo
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import replace
+from bisect import bisect_right
 
+from kv_transfer import link_protocol
 from kv_transfer import prefill_ends as ends
-from kv_transfer.events import AttemptKey, Pack, Packed, PrefillDone, SegmentReady, SendDone, StartSend
+from kv_transfer.link_events import AttemptKey, SendMessage
+from kv_transfer.link_state import Link
 from kv_transfer.messages import Chunk, Commit, Finish
 from kv_transfer.prefill_ends import Turn
-from kv_transfer.prefill_state import FirstToken, Flight, Link, Phase, PrefillState, Queued, Stage
+from kv_transfer.prefill_events import Pack, Packed, PrefillDone, SegmentReady, SendDone, StartSend
+from kv_transfer.prefill_state import Attempt, FirstToken, Flight, Phase, Queued, SendLink, Stage
 
 
 def on_segment(turn: Turn, event: SegmentReady) -> None:
-    attempt = turn.state.attempts.get(event.key)
+    attempt = turn.holders.get(event.key)
     if attempt is None or attempt.phase is not Phase.STREAMING or attempt.first is not None:
         return
-    link = turn.state.link(attempt.peer)
+    peer, link = attempt.peer, turn.link(attempt.peer)
     queued = Queued(event.key, attempt.lease, event.segment, event.num_bytes)
-    turn.state = turn.state.with_link(attempt.peer, replace(link, queue=(*link.queue, queued)))
-    pump(turn, attempt.peer)
+    if has_room(link):  # so nothing waits
+        turn.change(attempt.announced(()))
+        turn.put_link(peer, _launch(turn, peer, link, queued))
+        return
+    if not attempt.queue:
+        turn.put_waiting(peer, (*(turn.waiting.get(peer) or ()), event.key))
+    turn.change(attempt.announced((*attempt.queue, queued)))
 
 
-def pump(turn: Turn, peer: str) -> None:
-    """Start packs while a segment waits and a slot and a credit are there."""
-    link = turn.state.link(peer)
-    while link.queue and link.has_room and link.epoch is not None:
-        queued = link.queue[next_to_pack(turn.state, link)]
-        slot, slots = link.slots.take()
-        seq = link.next_seq
-        turn.act(Pack(peer, link.epoch, seq, slot, queued.key, queued.lease, queued.segment))
-        link = replace(
-            link,
-            slots=slots,
-            next_seq=seq + 1,
-            queue=tuple(other for other in link.queue if other is not queued),
-            flights=(*link.flights, Flight(seq, slot, Stage.PACKING, queued)),
-        )
-        turn.state = turn.state.with_link(peer, link)
+def has_room(link: SendLink) -> bool:
+    """Whether a slot and a credit are there; never without an epoch."""
+    return bool(link.slots.free) and link.next_seq - link.done_through < link.slots.window
 
 
-def next_to_pack(state: PrefillState, link: Link) -> int:
-    """Nearest to commit first: fewest segments left among attempts that announced all of theirs; else first come."""
-    left = Counter(queued.key for queued in link.queue)
-    final = [key for key in left if state.attempts[key].first is not None]
-    if not final:
-        return 0
-    nearest = min(final, key=left.__getitem__)
-    return next(index for index, queued in enumerate(link.queue) if queued.key == nearest)
+def _launch(turn: Turn, peer: str, link: SendLink, queued: Queued) -> SendLink:
+    """Start a pack; the link with it."""
+    epoch, slots, seq, done_through, flights, stall_at = link
+    assert epoch is not None
+    slot, slots = slots.take()
+    turn.act(Pack(peer, epoch, seq, slot, queued.key, queued.lease, queued.segment))
+    return Link(epoch, slots, seq + 1, done_through, (*flights, Flight(seq, slot, Stage.PACKING, queued)), stall_at)
+
+
+def pump(turn: Turn, peer: str, link: SendLink) -> None:
+    """Start packs while a segment waits and a slot and a credit are there. `link` is the peer's as it now stands."""
+    while has_room(link) and (waiting := turn.waiting.get(peer)):
+        link = _launch(turn, peer, link, _next_queued(turn, peer, waiting))
+    turn.put_link(peer, link)
+
+
+def _next_queued(turn: Turn, peer: str, waiting: tuple[AttemptKey, ...]) -> Queued:
+    attempt = turn.holders[waiting[0]]
+    queued, left = attempt.queue[0], attempt.queue[1:]
+    turn.change(attempt._replace(queue=left))
+    if not left:
+        turn.put_waiting(peer, waiting[1:])
+    return queued
 
 
 def on_packed(turn: Turn, event: Packed) -> None:
-    link = turn.state.link(event.peer)
+    link = turn.link(event.peer)
     index = _flight_index(link, event.epoch, event.seq, Stage.PACKING)
     if index is None:
         return
-    packed = link.flights[index]._replace(stage=Stage.PACKED, fingerprints=event.fingerprints)
-    flights = (*link.flights[:index], packed, *link.flights[index + 1 :])
-    turn.state = turn.state.with_link(event.peer, replace(link, flights=flights, stall_at=None))
-    _send_packed(turn, event.peer)
-    ends.settle(turn, packed.queued.key)
+    seq, slot, _, queued, _ = link.flights[index]
+    flights = list(link.flights)
+    flights[index] = Flight(seq, slot, Stage.PACKED, queued, event.fingerprints)
+    sent = _send_packed(turn, event.peer, event.epoch, flights)
+    turn.put_link(event.peer, Link(link.epoch, link.slots, link.next_seq, link.done_through, tuple(flights)))
+    for key in sent:
+        attempt = turn.holders.get(key)
+        if attempt is not None and attempt.phase is Phase.STREAMING:
+            try_commit(turn, attempt)
+    ends.settle(turn, queued.key)
 
 
-def _flight_index(link: Link, epoch: str, seq: int, stage: Stage) -> int | None:
+def _flight_index(link: SendLink, epoch: str, seq: int, stage: Stage) -> int | None:
     """The flight that an event of `epoch` means; None for a repeat or an event of a dead epoch."""
-    if link.epoch != epoch:
-        return None
-    return next((i for i, flight in enumerate(link.flights) if flight.seq == seq and flight.stage is stage), None)
+    if link.epoch == epoch:
+        for index, flight in enumerate(link.flights):
+            if flight.seq == seq:
+                return index if flight.stage is stage else None
+    return None
 
 
-def _send_packed(turn: Turn, peer: str) -> None:
-    """Announce and launch what is packed, strictly in order of seq."""
-    for flight in turn.state.link(peer).flights:
-        if flight.stage is Stage.PACKING:
-            return
-        if flight.stage is Stage.PACKED:
-            _send(turn, peer, flight)
-
-
-def _send(turn: Turn, peer: str, flight: Flight) -> None:
-    link = turn.state.link(peer)
-    if link.epoch is None:
-        return
-    queued = flight.queued
-    turn.tell(peer, Chunk(flight.seq, queued.lease, queued.segment, queued.num_bytes, flight.fingerprints))
-    turn.act(StartSend(peer, link.epoch, flight.seq, flight.slot, queued.num_bytes))
-    sending = flight._replace(stage=Stage.SENDING)
-    flights = tuple(sending if other.seq == flight.seq else other for other in link.flights)
-    turn.state = turn.state.with_link(peer, replace(link, flights=flights))
-    attempt = turn.state.attempts.get(queued.key)
-    if attempt is not None and attempt.phase is Phase.STREAMING:
-        turn.state = turn.state.with_attempt(replace(attempt, num_chunks=attempt.num_chunks + 1))
-        try_commit(turn, queued.key)
+def _send_packed(turn: Turn, peer: str, epoch: str, flights: list[Flight]) -> list[AttemptKey]:
+    """Announce and launch what is packed, strictly in order of seq; whose it was. Changes `flights`."""
+    sent = []
+    for index, (seq, slot, stage, queued, fingerprints) in enumerate(flights):
+        if stage is Stage.PACKING:
+            break
+        if stage is Stage.PACKED:
+            chunk = Chunk(seq, queued.lease, queued.segment, queued.num_bytes, fingerprints)
+            turn.act(SendMessage(peer, epoch, chunk))
+            turn.act(StartSend(peer, epoch, seq, slot, queued.num_bytes))
+            flights[index] = Flight(seq, slot, Stage.SENDING, queued)
+            sent.append(queued.key)
+    return sent
 
 
 def on_send_done(turn: Turn, event: SendDone) -> None:
-    link = turn.state.link(event.peer)
+    link = turn.link(event.peer)
     index = _flight_index(link, event.epoch, event.seq, Stage.SENDING)
     if index is None:
         return
     slots = link.slots.give(link.flights[index].slot)
     flights = (*link.flights[:index], *link.flights[index + 1 :])
-    turn.state = turn.state.with_link(event.peer, replace(link, slots=slots, flights=flights, stall_at=None))
-    pump(turn, event.peer)
+    pump(turn, event.peer, Link(link.epoch, slots, link.next_seq, link.done_through, flights))
 
 
 def on_chunks_done(turn: Turn, peer: str, through: int) -> None:
-    link = turn.state.link(peer)
-    if through > link.sent_through:
-        ends.lose(turn, peer, f"peer acknowledged chunk {through - 1}, which was never sent")
+    link = turn.link(peer)
+    if through > sent_through(link):
+        link_protocol.lose(turn, peer, f"peer acknowledged chunk {through - 1}, which was never sent")
     elif through > link.done_through:
-        turn.state = turn.state.with_link(peer, replace(link, done_through=through, stall_at=None))
-        pump(turn, peer)
+        pump(turn, peer, Link(link.epoch, link.slots, link.next_seq, through, link.flights))
+
+
+def sent_through(link: SendLink) -> int:
+    """Every chunk with seq below this has had its Chunk message."""
+    for flight in link.flights:
+        if flight.stage is not Stage.SENDING:
+            return flight.seq
+    return link.next_seq
 
 
 # ---- commit
 
 
 def on_done(turn: Turn, event: PrefillDone) -> None:
-    attempt = turn.state.attempts.get(event.key)
+    attempt = turn.holders.get(event.key)
     if attempt is None or attempt.phase is not Phase.STREAMING or attempt.first is not None:
         return
     first = FirstToken(event.num_tokens, event.first_token, event.ended)
-    turn.state = turn.state.with_attempt(replace(attempt, first=first, in_engine=False))
+    attempt = attempt._replace(first=first, in_engine=False)
+    turn.change(attempt)
     if event.ended:
         turn.tell(attempt.peer, Finish(attempt.lease))
-        ends.drain(turn, event.key)
-    else:
-        try_commit(turn, event.key)
-
-
-def try_commit(turn: Turn, key: AttemptKey) -> None:
-    """Commit once every announced segment has had its Chunk message."""
-    attempt = turn.state.attempts[key]
-    first = attempt.first
-    if first is None or _has_unsent(turn.state.link(attempt.peer), key):
+        ends.drain(turn, attempt)
         return
-    turn.tell(attempt.peer, Commit(attempt.lease, first.num_tokens, attempt.num_chunks, first.token))
-    turn.state = turn.state.with_attempt(replace(attempt, phase=Phase.COMMITTING))
+    if attempt.queue:
+        _advance(turn, attempt)
+    try_commit(turn, attempt)
 
 
-def _has_unsent(link: Link, key: AttemptKey) -> bool:
-    queued = any(queued.key == key for queued in link.queue)
-    return queued or any(f.queued.key == key and f.stage is not Stage.SENDING for f in link.flights)
+def _advance(turn: Turn, attempt: Attempt) -> None:
+    """Nearest to commit goes first: of the attempts that have announced all of theirs, the one with fewest left.
+
+    They are at the head of those that wait, ordered, and stay so: only the first of them is served.
+    """
+    turn.unqueue(attempt)
+    others = turn.waiting.get(attempt.peer) or ()
+    left = [len(other.queue) for other in map(turn.holders.__getitem__, others) if other.first is not None]
+    place = bisect_right(left, len(attempt.queue))
+    turn.put_waiting(attempt.peer, (*others[:place], attempt.key, *others[place:]))
+
+
+def try_commit(turn: Turn, attempt: Attempt) -> None:
+    """Commit once every announced segment has had its Chunk message."""
+    first = attempt.first
+    if first is not None and not _has_unsent(turn.link(attempt.peer), attempt):
+        turn.tell(attempt.peer, Commit(attempt.lease, first.num_tokens, attempt.num_chunks, first.token))
+        turn.change(attempt._replace(phase=Phase.COMMITTING))
+
+
+def _has_unsent(link: SendLink, attempt: Attempt) -> bool:
+    if attempt.queue:
+        return True
+    return any(flight.stage is not Stage.SENDING and flight.queued.key == attempt.key for flight in link.flights)

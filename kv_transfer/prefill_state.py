@@ -5,15 +5,14 @@ No torch, no I/O, no clock. All times are seconds of the worker's monotonic cloc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
 from enum import IntEnum
 from typing import NamedTuple
 
-from kv_transfer.events import AttemptKey
-from kv_transfer.frozen_map import FrozenMap
+from kv_transfer.frozen_map import FrozenMap, FrozenTable
+from kv_transfer.link_events import AttemptKey
+from kv_transfer.link_state import NO_LINK, STALL_TIMEOUT_S, Link
 from kv_transfer.messages import LeaseKey, Segment
-from kv_transfer.protocol_common import ENDED_REMEMBERED, STALL_TIMEOUT_S, Counters, earliest
-from kv_transfer.slots import SlotPool
 
 
 class Phase(IntEnum):
@@ -32,8 +31,7 @@ class Stage(IntEnum):
     SENDING = 2
 
 
-@dataclass(frozen=True, slots=True)
-class FirstToken:
+class FirstToken(NamedTuple):
     """What PrefillDone said."""
 
     num_tokens: int
@@ -41,22 +39,8 @@ class FirstToken:
     ended: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One hand-over. `in_engine`: the engine still computes it. `num_chunks`: Chunk messages sent so far."""
-
-    key: AttemptKey
-    peer: str
-    lease: LeaseKey
-    deadline: float
-    phase: Phase = Phase.STREAMING
-    in_engine: bool = True
-    num_chunks: int = 0
-    first: FirstToken | None = None
-
-
 class Queued(NamedTuple):
-    """A segment that waits for a slot and a credit."""
+    """A segment on its way: waiting for a slot and a credit, or in a slot."""
 
     key: AttemptKey
     lease: LeaseKey
@@ -73,75 +57,82 @@ class Flight(NamedTuple):
     queued: Queued
     fingerprints: tuple[int, ...] = ()
 
+    @property
+    def pin(self) -> AttemptKey | None:
+        return self.queued.key if self.stage is Stage.PACKING else None
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """The connection to one decode peer. `flights` are in order of seq; window - (next_seq - done_through) credits."""
 
-    epoch: str | None = None
-    slots: SlotPool[AttemptKey] = SlotPool()  # noqa: RUF009 (immutable)
-    next_seq: int = 0
-    done_through: int = 0
+class Attempt(NamedTuple):
+    """One hand-over. `in_engine`: the engine still computes it. `num_chunks`: segments announced by the engine.
+
+    `queue`: those of them that wait for a slot and a credit.
+    """
+
+    key: AttemptKey
+    peer: str
+    lease: LeaseKey
+    deadline: float
+    phase: Phase = Phase.STREAMING
+    in_engine: bool = True
+    num_chunks: int = 0
     queue: tuple[Queued, ...] = ()
-    flights: tuple[Flight, ...] = ()
-    stall_at: float | None = None
+    first: FirstToken | None = None
+
+    def announced(self, queue: tuple[Queued, ...]) -> Attempt:
+        """With one segment more; `queue` is what waits now. Called for every chunk: a third of `_replace`."""
+        return Attempt(
+            self.key,
+            self.peer,
+            self.lease,
+            self.deadline,
+            self.phase,
+            self.in_engine,
+            self.num_chunks + 1,
+            queue,
+            self.first,
+        )
 
     @property
-    def has_room(self) -> bool:
-        return bool(self.slots.free) and self.next_seq - self.done_through < self.slots.window
+    def alias(self) -> tuple[str, LeaseKey]:
+        return self.peer, self.lease
 
     @property
-    def outstanding(self) -> bool:
-        return self.next_seq > self.done_through or bool(self.flights)
-
-    @property
-    def sent_through(self) -> int:
-        """Every chunk with seq below this has had its Chunk message."""
-        return next((flight.seq for flight in self.flights if flight.stage is not Stage.SENDING), self.next_seq)
+    def is_over(self) -> bool:
+        return self.phase is Phase.DRAINING
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillState:
-    """Everything the prefill end remembers. `ended`: the latest attempts that are over, so that repeats are no-ops."""
+SendLink = Link[Flight, AttemptKey]
+
+
+class PrefillState(NamedTuple):
+    """Everything the prefill end remembers.
+
+    `waiting`: per peer, the attempts with a queue, in the order in which they are served. `ended`: the latest attempts
+    that are over, so that repeats are no-ops.
+    """
 
     stall_timeout: float
     now: float = 0.0
-    links: FrozenMap[str, Link] = FrozenMap()  # noqa: RUF009 (immutable)
-    attempts: FrozenMap[AttemptKey, Attempt] = FrozenMap()  # noqa: RUF009 (immutable)
+    links: FrozenMap[str, SendLink] = FrozenMap()
+    attempts: FrozenTable[AttemptKey, Attempt] = FrozenTable()
+    aliases: FrozenTable[Hashable, AttemptKey] = FrozenTable()
+    waiting: FrozenMap[str, tuple[AttemptKey, ...]] = FrozenMap()
     ended: tuple[AttemptKey, ...] = ()
 
     @staticmethod
     def initial(stall_timeout: float = STALL_TIMEOUT_S) -> PrefillState:
         return PrefillState(stall_timeout=stall_timeout)
 
-    def link(self, peer: str) -> Link:
-        return self.links.get(peer) or Link()
+    @property
+    def holders(self) -> FrozenTable[AttemptKey, Attempt]:
+        return self.attempts
 
-    def with_link(self, peer: str, link: Link) -> PrefillState:
-        """A link that is neither connected nor waiting for an EpochDestroyed is forgotten."""
-        useful = link.epoch is not None or link.slots.dying
-        return replace(self, links=self.links.set(peer, link) if useful else self.links.discard(peer))
-
-    def with_attempt(self, attempt: Attempt) -> PrefillState:
-        return replace(self, attempts=self.attempts.set(attempt.key, attempt))
-
-    def without_attempt(self, key: AttemptKey) -> PrefillState:
-        return replace(self, attempts=self.attempts.discard(key), ended=(*self.ended, key)[-ENDED_REMEMBERED:])
+    def link(self, peer: str) -> SendLink:
+        return self.links.get(peer) or NO_LINK
 
     def attempts_of(self, peer: str) -> tuple[Attempt, ...]:
         return tuple(attempt for attempt in self.attempts.values() if attempt.peer == peer)
 
     def attempt_of_lease(self, peer: str, lease: LeaseKey) -> Attempt | None:
-        return next((attempt for attempt in self.attempts_of(peer) if attempt.lease == lease), None)
-
-    def counters(self) -> Counters:
-        links = self.links.values()
-        in_flight = sum(len(link.flights) for link in links)
-        return Counters(len(self.attempts), in_flight, sum(link.slots.num_quarantined for link in links))
-
-    def next_deadline(self) -> float | None:
-        """When the next Tick is due at the latest, or None while nothing waits."""
-        attempts = (attempt.deadline for attempt in self.attempts.values() if attempt.phase is not Phase.DRAINING)
-        latest = self.now + self.stall_timeout
-        stalls = (link.stall_at or latest for link in self.links.values() if link.epoch and link.outstanding)
-        return earliest((*attempts, *stalls))
+        key = self.aliases.get((peer, lease))
+        return None if key is None else self.attempts[key]

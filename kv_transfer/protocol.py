@@ -10,13 +10,16 @@ executes the returned actions in order. What the surroundings owe the machines:
 
 Nothing else is assumed of messages: they may be lost, doubled, late or out of order. The invariants I1 to I8 hold in
 every case; `tests/transfer/explorer` walks the interleavings.
+
+`link_protocol` is what both ends do alike; `*_protocol` dispatches, `*_chunks` is the way of a chunk, `*_ends` how
+holders of blocks end, `*_state` what an end knows.
 """
 
 from __future__ import annotations
 
 from kv_transfer.decode_protocol import DecodeState, decode_step
+from kv_transfer.link_state import STALL_TIMEOUT_S, Counters, counters, next_deadline
 from kv_transfer.prefill_protocol import PrefillState, prefill_step
-from kv_transfer.protocol_common import STALL_TIMEOUT_S, Counters
 
 __all__ = [
     "STALL_TIMEOUT_S",
@@ -28,13 +31,3 @@ __all__ = [
     "next_deadline",
     "prefill_step",
 ]
-
-
-def next_deadline(state: PrefillState | DecodeState) -> float | None:
-    """When the next Tick is due at the latest, in the clock of the events; None while nothing waits."""
-    return state.next_deadline()
-
-
-def counters(state: PrefillState | DecodeState) -> Counters:
-    """Live leases or attempts, staging slots in flight, staging slots in quarantine."""
-    return state.counters()

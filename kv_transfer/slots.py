@@ -6,14 +6,12 @@ even if the pair has connected anew meanwhile (invariant I1). Owned by a peer's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 P = TypeVar("P")
 
 
-@dataclass(frozen=True, slots=True)
-class DyingEpoch(Generic[P]):
+class DyingEpoch(NamedTuple, Generic[P]):
     """An epoch that is lost and not yet destroyed.
 
     `slots`: what it may still touch. `pins`: whose KV blocks a pack or unpack of it may still touch.
@@ -24,32 +22,31 @@ class DyingEpoch(Generic[P]):
     pins: tuple[P, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SlotPool(Generic[P]):
-    """`free` is usable now by the live epoch, whose window is `window` (0: no live epoch)."""
+class SlotPool(NamedTuple, Generic[P]):
+    """`free` is usable now, lowest first, by the live epoch, whose window is `window` (0: no live epoch)."""
 
     window: int = 0
     free: tuple[int, ...] = ()
-    dying: tuple[DyingEpoch[P], ...] = field(default=())
+    dying: tuple[DyingEpoch[P], ...] = ()
 
     def open_epoch(self, window: int) -> SlotPool[P]:
         quarantined = {slot for epoch in self.dying for slot in epoch.slots}
-        return replace(self, window=window, free=tuple(slot for slot in range(window) if slot not in quarantined))
+        return SlotPool(window, tuple(slot for slot in range(window) if slot not in quarantined), self.dying)
 
     def take(self) -> tuple[int, SlotPool[P]]:
-        return self.free[0], replace(self, free=self.free[1:])
+        return self.free[0], SlotPool(self.window, self.free[1:], self.dying)
 
     def give(self, slot: int) -> SlotPool[P]:
-        return replace(self, free=tuple(sorted({*self.free, slot})))
+        return SlotPool(self.window, tuple(sorted((*self.free, slot))), self.dying)
 
     def lose_epoch(self, epoch: str, slots: tuple[int, ...], pins: tuple[P, ...]) -> SlotPool[P]:
-        return SlotPool(window=0, free=(), dying=(*self.dying, DyingEpoch(epoch, slots, pins)))
+        return SlotPool(0, (), (*self.dying, DyingEpoch(epoch, slots, pins)))
 
     def destroyed(self, epoch: str) -> SlotPool[P]:
         """The quarantined slots of `epoch` are free again, for the live epoch if there is one."""
         freed = {slot for lost in self.dying if lost.epoch == epoch for slot in lost.slots if slot < self.window}
         left = tuple(lost for lost in self.dying if lost.epoch != epoch)
-        return replace(self, free=tuple(sorted({*self.free, *freed})), dying=left)
+        return SlotPool(self.window, tuple(sorted({*self.free, *freed})), left)
 
     def is_dying(self, epoch: str) -> bool:
         return any(lost.epoch == epoch for lost in self.dying)

@@ -9,11 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kv_transfer import decode_chunks, decode_ends, decode_protocol, prefill_chunks, prefill_ends, prefill_protocol
-from kv_transfer.decode_state import DecodeState, Lease, LeasePhase, RecvFlight
+from kv_transfer import (
+    decode_chunks,
+    decode_ends,
+    decode_protocol,
+    link_protocol,
+    prefill_chunks,
+    prefill_ends,
+    prefill_protocol,
+)
+from kv_transfer.decode_state import Lease, LeasePhase, RecvFlight
 from kv_transfer.events import OpenRequested, PeerConnected, PrefillRequested, ReleaseLease, ReportFailed
 from kv_transfer.messages import Chunk, Commit, Committed, LeaseKey
-from kv_transfer.prefill_state import Attempt, PrefillState
+from kv_transfer.prefill_state import Attempt
 from kv_transfer.slots import SlotPool
 from tests.transfer.explorer.config import Config, RequestSpec
 
@@ -50,41 +58,41 @@ def _acknowledge_unknown(turn: decode_ends.Turn, peer: str, name: LeaseKey) -> N
     turn.tell(peer, Committed(name))
 
 
-_prefill_tick, _decode_tick = prefill_protocol.on_tick, decode_protocol.on_tick
+_tick = link_protocol.on_tick
 _requested, _open = prefill_protocol.on_requested, decode_protocol.on_open
 
 
 def _requested_then_clean(turn: prefill_ends.Turn, event: PrefillRequested) -> None:
-    _prefill_tick(turn, turn.state.now)
+    _tick(turn, turn.now)
     _requested(turn, event)
 
 
 def _open_then_clean(turn: decode_ends.Turn, event: OpenRequested) -> None:
-    _decode_tick(turn, turn.state.now)
+    _tick(turn, turn.now)
     _open(turn, event)
 
 
 def _note_time(turn: Any, now: float) -> None:
-    turn.state = replace(turn.state, now=max(now, turn.state.now))
+    turn.now = max(now, turn.now)
 
 
 _chunk = decode_chunks.on_chunk
 
 
 def _repeat_restarts_deadline(turn: decode_ends.Turn, peer: str, chunk: Chunk) -> None:
-    lease = turn.state.live_lease(peer, chunk.lease)
-    if lease is not None and chunk.seq < turn.state.link(peer).next_seq:
-        turn.state = turn.state.with_lease(replace(lease, deadline=lease.deadline + 10.0))
+    lease = turn.live_lease(peer, chunk.lease)
+    if lease is not None and chunk.seq < turn.link(peer).next_seq:
+        turn.change(lease._replace(deadline=lease.deadline + 10.0))
     _chunk(turn, peer, chunk)
 
 
-def _any_generation(state: DecodeState, peer: str, name: LeaseKey) -> Lease | None:
-    lease = state.leases.get(name.lease)
+def _any_generation(turn: decode_ends.Turn, peer: str, name: LeaseKey) -> Lease | None:
+    lease = turn.holders.get(name.lease)
     return lease if lease is not None and lease.phase is LeasePhase.RESERVED and lease.peer == peer else None
 
 
 def _finish_keeps_lease(turn: decode_ends.Turn, peer: str, name: LeaseKey) -> None:
-    lease = turn.state.live_lease(peer, name)
+    lease = turn.live_lease(peer, name)
     if lease is not None:
         turn.act(ReleaseLease(lease.key, name))
 
@@ -93,70 +101,70 @@ _open_epoch = SlotPool.open_epoch
 
 
 def _all_slots_free(pool: SlotPool[Any], window: int) -> SlotPool[Any]:
-    return replace(_open_epoch(pool, window), free=tuple(range(window)))
+    return _open_epoch(pool, window)._replace(free=tuple(range(window)))
 
 
-_connected = prefill_protocol.on_connected
+_connected = link_protocol.on_connected
 
 
-def _connect_once(turn: prefill_ends.Turn, event: PeerConnected) -> None:
+def _connect_once(turn: Any, event: PeerConnected) -> None:
     if event.epoch.endswith("#1"):
         _connected(turn, event)
 
 
 def _receive_repeats(turn: decode_ends.Turn, peer: str, chunk: Chunk) -> None:
-    link = turn.state.link(peer)
+    link = turn.link(peer)
     if chunk.seq >= link.next_seq:
         _chunk(turn, peer, chunk)
         return
-    turn.state = turn.state.with_link(peer, replace(link, flights=(*link.flights, RecvFlight(chunk))))
-    decode_chunks.start_recvs(turn, peer)
+    decode_chunks.start_recvs(turn, peer, link._replace(flights=(*link.flights, RecvFlight(chunk))))
 
 
 _decode_fail = decode_ends.fail
 
 
 def _spare_untouched(turn: decode_ends.Turn, lease: Lease, code: str, reason: str) -> None:
-    if code != "peer_lost" or lease.announced:
+    if code != "peer_lost" or lease.num_received:
         _decode_fail(turn, lease, code, reason)
 
 
-def _forget_attempt(state: PrefillState, key: Any) -> PrefillState:
-    return replace(state, attempts=state.attempts.discard(key))
+def _forget_attempt(turn: prefill_ends.Turn, key: Any, attempt: Attempt) -> None:
+    turn.holders, turn.aliases = turn.holders.discard(key), turn.aliases.discard(attempt.alias)
 
 
 _finish_chunk = decode_chunks._finish
 
 
 def _keep_credit_of_dropped(turn: decode_ends.Turn, peer: str, index: int) -> None:
-    chunk = turn.state.link(peer).flights[index].chunk
+    chunk = turn.link(peer).flights[index].chunk
     before = len(turn.actions)
     _finish_chunk(turn, peer, index)
-    if turn.state.live_lease(peer, chunk.lease) is None:
+    if turn.live_lease(peer, chunk.lease) is None:
         del turn.actions[before:]
 
 
 _drain = prefill_ends.drain
 
 
-def _report_cancel(turn: prefill_ends.Turn, key: Any) -> None:
-    _drain(turn, key)
-    turn.act(ReportFailed(key, "aborted", "drained"))
+def _report_cancel(turn: prefill_ends.Turn, attempt: Attempt) -> None:
+    _drain(turn, attempt)
+    turn.act(ReportFailed(attempt.key, "aborted", "drained"))
 
 
 def _commit_at_once(turn: decode_ends.Turn, peer: str, commit: Commit) -> None:
-    lease = turn.state.live_lease(peer, commit.lease)
+    lease = turn.live_lease(peer, commit.lease)
     if lease is None:
         turn.tell(peer, Committed(commit.lease))
         return
     turn.tell(peer, Committed(commit.lease))
-    turn.state = turn.state.with_lease(replace(lease, commit=commit))
-    decode_chunks.try_admit(turn, lease.lease)
+    lease = lease._replace(commit=commit)
+    turn.change(lease)
+    decode_chunks.try_admit(turn, lease)
 
 
 def _end_without_abort(turn: prefill_ends.Turn, attempt: Attempt, code: str, reason: str) -> None:
-    prefill_ends.report(turn, attempt.key, code, reason)
-    prefill_ends.drain(turn, attempt.key)
+    turn.report(attempt.key, code, reason)
+    prefill_ends.drain(turn, attempt)
 
 
 MUTANTS = (
@@ -186,9 +194,8 @@ MUTANTS = (
         "expired attempts are cleaned up only when new work comes",
         world("lose"),
         (
-            (prefill_protocol, "on_tick", _note_time),
+            (link_protocol, "on_tick", _note_time),
             (prefill_protocol, "on_requested", _requested_then_clean),
-            (decode_protocol, "on_tick", _note_time),
             (decode_protocol, "on_open", _open_then_clean),
         ),
     ),
@@ -198,7 +205,7 @@ MUTANTS = (
     Mutant(
         "a late chunk of an old generation is accepted",
         replace(world("crash", requests=2), fine=False),
-        ((DecodeState, "live_lease", _any_generation),),
+        ((decode_ends.Turn, "live_lease", _any_generation),),
     ),
     Mutant("prefill commits before its last chunk", world(), ((prefill_chunks, "_has_unsent", _never),)),
     Mutant("decode does not count what it received", world("lose", chunks=2), ((decode_chunks, "adds_up", _always),)),
@@ -212,14 +219,14 @@ MUTANTS = (
         world("suspect", attempts=2),
         ((SlotPool, "open_epoch", _all_slots_free),),
     ),
-    Mutant("a peer once lost is dead for ever", world("suspect"), ((prefill_protocol, "on_connected", _connect_once),)),
+    Mutant("a peer once lost is dead for ever", world("suspect"), ((link_protocol, "on_connected", _connect_once),)),
     Mutant("a repeated chunk is received twice", world("dup"), ((decode_chunks, "on_chunk", _receive_repeats),)),
     Mutant(
         "a lost peer's untouched lease lives on",
         world("suspect"),
         ((decode_ends, "fail", _spare_untouched),),
     ),
-    Mutant("a repeated command is run again", world("dup"), ((PrefillState, "without_attempt", _forget_attempt),)),
+    Mutant("a repeated command is run again", world("dup"), ((prefill_ends.Turn, "forget", _forget_attempt),)),
     Mutant(
         "credits of dropped chunks are kept",
         world("cancel"),
@@ -229,7 +236,7 @@ MUTANTS = (
     Mutant(
         "the stall watch is missing",
         world("lose"),
-        ((prefill_protocol, "watch_progress", _nothing), (decode_protocol, "watch_progress", _nothing)),
+        ((link_protocol, "watch_progress", _nothing),),
     ),
     Mutant("the engine is not told of an abort", world("tick"), ((prefill_ends, "end", _end_without_abort),)),
 )

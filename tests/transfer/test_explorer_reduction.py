@@ -12,9 +12,9 @@ import pytest
 from kv_transfer import prefill_ends
 from kv_transfer.messages import Abort
 from tests.transfer.explorer.config import Config, RequestSpec
-from tests.transfer.explorer.moves import Key
+from tests.transfer.explorer.move import Key
 from tests.transfer.explorer.parts import DecodeEngine
-from tests.transfer.explorer.search import Search, explore, unpack
+from tests.transfer.explorer.search import Search, explore
 from tests.transfer.explorer.symmetry import Symmetry
 from tests.transfer.explorer.world import BUDGET
 
@@ -57,12 +57,12 @@ def quiet_links(config: Config) -> set[tuple[str, ...]]:
 
 
 def quiet_keys(search: Search) -> list[Key]:
-    keys = map(unpack, search.keys)
+    keys = map(search.unpack, search.keys)
     return [key for key in keys if not search.moves.of(key, search.config.epochs)[0]]
 
 
 def of_each_link(search: Search, key: Key) -> Iterator[tuple[str, ...]]:
-    slices, values = search.moves.slices, search.model.values
+    slices, values = search.slices, search.model.values
     for link in slices.links:
         if values[key[link]] != values[slices.project(key, frozenset())[link]]:
             alone = slices.project(key, frozenset({link}))
@@ -98,7 +98,7 @@ def test_a_step_that_looks_at_another_link_is_found(monkeypatch: pytest.MonkeyPa
     """Worlds come apart because links have nothing to do with each other; that is checked, not assumed."""
 
     def tell_all(turn: prefill_ends.Turn, attempt: Any, reason: str) -> None:
-        for peer in turn.state.links:
+        for peer in turn.links:
             turn.tell(peer, Abort(attempt.lease, reason))
 
     monkeypatch.setattr(prefill_ends, "tell_abort", tell_all)

@@ -8,6 +8,7 @@ import pytest
 
 from kv_transfer.events import (
     AbortPrefill,
+    AttemptKey,
     Cancel,
     DestroyEpoch,
     EpochDestroyed,
@@ -25,7 +26,7 @@ from kv_transfer.events import (
     StartSend,
     Tick,
 )
-from kv_transfer.messages import Abort, Chunk, ChunksDone, Commit, Committed, Finish
+from kv_transfer.messages import Abort, Chunk, ChunksDone, Commit, Committed, Finish, LeaseKey
 from kv_transfer.protocol import STALL_TIMEOUT_S, counters, next_deadline
 from tests.transfer.protocol_harness import (
     DEADLINE,
@@ -154,6 +155,57 @@ def test_nearest_to_commit_goes_first() -> None:
     end.packed(0)
     end.sent(0)
     assert [pack.key for pack in of_type(Pack, end.hears(ChunksDone(1)))] == [B]
+
+
+def packed_next(end: PrefillEnd, seq: int) -> list[AttemptKey]:
+    """Whose chunk is packed when chunk `seq`, the only one that the window allows, is through."""
+    end.packed(seq)
+    end.sent(seq)
+    return [pack.key for pack in of_type(Pack, end.hears(ChunksDone(seq + 1)))]
+
+
+def test_who_waits_first_goes_first_until_its_queue_is_empty() -> None:
+    end = PrefillEnd(window=1)
+    end.begin(A, LEASE_A)
+    end.begin(B, LEASE_B)
+    for block, key in ((0, A), (1, A), (0, B), (2, A)):
+        end.ready(block, key)
+    assert [packed_next(end, seq) for seq in range(3)] == [[A], [A], [B]]
+    end.ready(1, B)
+    end.ready(3, A)
+    assert [packed_next(end, seq) for seq in range(3, 6)] == [[B], [A], []]
+
+
+def test_of_those_that_are_complete_the_one_with_fewest_left_goes_first() -> None:
+    end = PrefillEnd(window=1)
+    third, lease = AttemptKey("c", 0), LeaseKey(3, 9)
+    for key, name in ((third, lease), (A, LEASE_A), (B, LEASE_B)):
+        end.begin(key, name)
+    for block, key in ((0, third), (1, third), (0, A), (1, A), (2, A), (0, B), (1, B)):
+        end.ready(block, key)
+    end.done(A)
+    end.done(B)
+    assert [packed_next(end, seq) for seq in range(7)] == [[B], [B], [A], [A], [A], [third], []]
+
+
+def test_an_attempt_that_ends_while_it_waits_is_passed_over() -> None:
+    end = PrefillEnd(window=1)
+    end.begin(A, LEASE_A)
+    end.begin(B, LEASE_B)
+    for block, key in ((0, B), (0, A), (1, A), (1, B)):
+        end.ready(block, key)
+    end.feed(Cancel(A))
+    assert of_type(ReleasePrefill, end.actions) == [ReleasePrefill(A)]
+    assert [packed_next(end, seq) for seq in range(2)] == [[B], []]
+    assert end.state.waiting == {}
+
+
+def test_deadlines_fall_due_in_order() -> None:
+    end = PrefillEnd()
+    end.begin(A, LEASE_A, deadline=20.0)
+    end.begin(B, LEASE_B, deadline=10.0)
+    end.feed(Tick(30.0))
+    assert [report.key for report in of_type(ReportFailed, end.actions)] == [B, A]
 
 
 def test_finish_drops_what_is_queued_and_waits_for_the_pack() -> None:

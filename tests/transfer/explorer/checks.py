@@ -7,6 +7,8 @@ from itertools import chain
 from typing import Any
 
 from kv_transfer.decode_state import DecodeState, LeasePhase
+from kv_transfer.frozen_map import FrozenTable
+from kv_transfer.prefill_chunks import has_room
 from kv_transfer.prefill_state import Phase, PrefillState
 from kv_transfer.slots import SlotPool
 from tests.transfer.explorer.config import Config
@@ -65,6 +67,11 @@ def check_prefill_state(config: Config, state: PrefillState) -> None:
         require(link.next_seq - link.done_through <= max(link.slots.window, 0), "the window is exceeded")
         seqs = [flight.seq for flight in link.flights]
         require(seqs == sorted(set(seqs)), f"chunks out of order: {seqs}")
+    check_aliases(state)
+    for peer in state.waiting:
+        require(not has_room(state.link(peer)), f"a chunk to {peer} waits though there is room")
+    queued = {attempt.key for attempt in state.attempts.values() if attempt.queue}
+    require(queued == {key for keys in state.waiting.values() for key in keys}, "a queue that is never served")
     for attempt in state.attempts.values():
         alive = state.link(attempt.peer).epoch is not None
         require(alive or attempt.phase is Phase.DRAINING, f"I3: {attempt.key} lives on without a connection")
@@ -75,14 +82,20 @@ def check_decode_state(config: Config, state: DecodeState) -> None:
         check_slots(config, link.slots, [flight.slot for flight in link.flights if flight.slot >= 0])
         seqs = [flight.chunk.seq for flight in link.flights]
         require(seqs == list(range(link.done_through, link.next_seq)), f"chunks received out of order: {seqs}")
+    check_aliases(state)
     for lease in state.leases.values():
         alive = state.link(lease.peer).epoch is not None
         require(alive or lease.phase is LeasePhase.DRAINING, f"I3: lease of {lease.key} lives on without a connection")
+
+
+def check_aliases(state: PrefillState | DecodeState) -> None:
+    aliases = {holder.alias: name for name, holder in state.holders.items()}
+    require(state.aliases == FrozenTable(aliases), f"{state.aliases} are aliases of {aliases}")
 
 
 def check_deadlines(world: Any, workers: Iterable[int]) -> None:
     """No lease or attempt outlives the deadline that its first command brought, whatever is heard later."""
     for worker in workers:
         first, state = dict(world.engine(worker).deadlines), world.state(worker)
-        for holder in (state.attempts if isinstance(state, PrefillState) else state.leases).values():
+        for holder in state.holders.values():
             require(holder.deadline <= first[holder.key], f"I3: the deadline of {holder.key} was put off")

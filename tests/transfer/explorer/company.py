@@ -7,13 +7,13 @@ step must do the same as without it and leave it as it is. With that, worlds may
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from kv_transfer.decode_state import DecodeState, Lease, LeasePhase, RecvFlight, RecvLink, RecvStage
 from kv_transfer.events import AttemptKey
+from kv_transfer.link_state import Link
 from kv_transfer.messages import Chunk, LeaseKey, Segment
-from kv_transfer.prefill_state import Attempt, Flight, Link, Phase, PrefillState, Queued, Stage
+from kv_transfer.prefill_state import Attempt, Flight, Phase, PrefillState, Queued, SendLink, Stage
 from kv_transfer.slots import SlotPool
 from tests.transfer.explorer.checks import require
 
@@ -48,32 +48,40 @@ def _key(number: int) -> AttemptKey:
     return AttemptKey("stranger", number)
 
 
-def _with_prefill(state: PrefillState, link: Link, names: list[LeaseKey], phase: Phase) -> PrefillState:
-    attempts = state.attempts
+def _with_prefill(state: PrefillState, link: SendLink, names: list[LeaseKey], phase: Phase) -> PrefillState:
+    attempts, aliases, waiting = state.attempts, state.aliases, state.waiting
     for number, name in enumerate(names):
         attempts = attempts.set(_key(number), Attempt(_key(number), STRANGER, name, FAR, phase))
-    return replace(state, links=state.links.set(STRANGER, link), attempts=attempts)
+        aliases = aliases.set((STRANGER, name), _key(number))
+    if phase is Phase.STREAMING:
+        first = Attempt(_key(0), STRANGER, names[0], FAR, phase, num_chunks=3, queue=(QUEUED,))
+        attempts, waiting = attempts.set(_key(0), first), waiting.set(STRANGER, (_key(0),))
+    links = state.links.set(STRANGER, link)
+    return state._replace(links=links, attempts=attempts, aliases=aliases, waiting=waiting)
 
 
 def _with_decode(state: DecodeState, link: RecvLink, phase: LeasePhase) -> DecodeState:
-    lease = Lease(NUMBER, _key(0), STRANGER, 1, FAR, phase, generation=1, num_blocks=1)
-    return replace(state, links=state.links.set(STRANGER, link), leases=state.leases.set(NUMBER, lease))
+    lease = Lease(NUMBER, _key(0), STRANGER, 1, FAR, phase, name=LeaseKey(NUMBER, 1), num_blocks=1)
+    links, leases = state.links.set(STRANGER, link), state.leases.set(NUMBER, lease)
+    return state._replace(links=links, leases=leases, aliases=state.aliases.set(_key(0), NUMBER))
 
 
-def _sender() -> Link:
-    queued = Queued(_key(0), LeaseKey(1, 1), SEGMENT, 1)
-    flights = (Flight(0, 0, Stage.SENDING, queued), Flight(1, 1, Stage.PACKING, queued))
-    return Link("P9#1", SlotPool(window=2), next_seq=2, queue=(queued,), flights=flights, stall_at=FAR)
+QUEUED = Queued(_key(0), LeaseKey(1, 1), SEGMENT, 1)
+
+
+def _sender() -> SendLink:
+    flights = (Flight(0, 0, Stage.SENDING, QUEUED), Flight(1, 1, Stage.PACKING, QUEUED))
+    return Link("P9#1", SlotPool(window=2), next_seq=2, flights=flights, stall_at=FAR)
 
 
 def _receiver() -> RecvLink:
     chunks = [Chunk(number, LeaseKey(NUMBER, 1), SEGMENT, 1, ()) for number in range(2)]
     flights = (RecvFlight(chunks[0], 0, RecvStage.UNPACKING), RecvFlight(chunks[1], 1, RecvStage.RECEIVING))
-    return RecvLink("P9#1", SlotPool(window=2), flights=flights, stall_at=FAR)
+    return Link("P9#1", SlotPool(window=2), next_seq=2, flights=flights, stall_at=FAR)
 
 
 BUSY_SENDER, BUSY_RECEIVER = _sender(), _receiver()
 NO_SLOTS: SlotPool[AttemptKey] = SlotPool()
 NO_SLOTS_AT_DECODE: SlotPool[int] = SlotPool()
-DYING_SENDER = Link(slots=NO_SLOTS.lose_epoch("P9#1", (0, 1), (_key(0),)))
-DYING_RECEIVER = RecvLink(slots=NO_SLOTS_AT_DECODE.lose_epoch("P9#1", (0, 1), (NUMBER,)))
+DYING_SENDER: SendLink = Link(slots=NO_SLOTS.lose_epoch("P9#1", (0, 1), (_key(0),)))
+DYING_RECEIVER: RecvLink = Link(slots=NO_SLOTS_AT_DECODE.lose_epoch("P9#1", (0, 1), (NUMBER,)))

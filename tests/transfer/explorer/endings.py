@@ -9,10 +9,12 @@ from __future__ import annotations
 from itertools import product
 
 from kv_transfer.decode_state import LeasePhase
-from kv_transfer.protocol import counters
+from kv_transfer.protocol import counters, next_deadline
 from tests.transfer.explorer import router
 from tests.transfer.explorer.checks import require
-from tests.transfer.explorer.moves import Key, Move, Moves
+from tests.transfer.explorer.effects import Effects
+from tests.transfer.explorer.move import Key
+from tests.transfer.explorer.moves import Moves
 from tests.transfer.explorer.parts import Phase, PrefillEngine, RouterRequest
 from tests.transfer.explorer.world import World
 
@@ -24,8 +26,8 @@ EXTRA_EPOCHS = 3  # connections that a continuation may make beyond what the sea
 class Endings:
     """Checks of quiet states. Owned by one search, whose moves it shares."""
 
-    def __init__(self, moves: Moves) -> None:
-        self.moves = moves
+    def __init__(self, moves: Moves, effects: Effects) -> None:
+        self.moves, self.effects = moves, effects
         self.model = moves.model
         self.max_epochs = self.model.config.epochs
         self._probed: set[Key] = set()
@@ -44,7 +46,7 @@ class Endings:
             progress, _ = self.moves.of(key, max_epochs)
             if not progress:
                 return key
-            key = self.moves.take(key, progress[0])
+            key = self.effects.take(key, progress[0])
         require(False, "I3: the system never comes to rest")
         return key
 
@@ -64,10 +66,10 @@ class Endings:
         for _ in range(LIMIT):
             world = self.model.world(key)
             workers = range(self.model.num_workers)
-            waiting = next((worker for worker in workers if world.state(worker).next_deadline() is not None), None)
+            waiting = next((worker for worker in workers if next_deadline(world.state(worker)) is not None), None)
             if waiting is None:
                 return key
-            after = self.moves.take(key, Move(("time", waiting), tuple(range(self.model.size)), 0))
+            after = self.effects.take(key, self.moves.time(waiting))
             require(after != key, f"I3: {self.model.names[waiting]} has a deadline that never passes")
             key = self._settle(after, self.max_epochs)
         require(False, "I3: timers fire for ever")
@@ -127,7 +129,7 @@ def check_clean(world: World, when: str) -> None:
         name, state, engine = world.model.names[worker], world.state(worker), world.engine(worker)
         held = engine.work if isinstance(engine, PrefillEngine) else (*engine.reserved, *engine.running)
         require(counters(state) == (0, 0, 0), f"I4: {when}, {name} still counts {counters(state)}")
-        require(state.next_deadline() is None, f"I3: {when}, {name} still waits for something")
+        require(next_deadline(state) is None, f"I3: {when}, {name} still waits for something")
         require(not held, f"I4: {when}, the engine of {name} still holds {held}")
     for slot in range(world.model.first_inbox, world.model.first_request):
         require(not world.values[slot], f"{when}, a command is never taken: {world.values[slot]}")

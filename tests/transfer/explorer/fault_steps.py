@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kv_transfer import events as ev
+from kv_transfer.protocol import next_deadline
 from tests.transfer.explorer import router
 from tests.transfer.explorer.link_steps import epoch_of, unpacked, vanish
 from tests.transfer.explorer.parts import Phase, PrefillEngine
@@ -23,7 +24,7 @@ def refuse(world: World, worker: int, key: ev.AttemptKey) -> None:
 def tick(world: World, worker: int) -> None:
     """Time passes at one worker until its next deadline; its reaper has ticked before that."""
     feed(world, worker, ev.Tick(world.state(worker).now))
-    due = world.state(worker).next_deadline()
+    due = next_deadline(world.state(worker))
     if due is not None:
         feed(world, worker, ev.Tick(due))
 

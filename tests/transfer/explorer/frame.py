@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from kv_transfer.decode_state import DecodeState
 from tests.transfer.explorer.checks import require
+from tests.transfer.explorer.move import Key
 from tests.transfer.explorer.parts import DecodeEngine
 from tests.transfer.explorer.plans import may_see_time
-from tests.transfer.explorer.slices import Key, Slices
+from tests.transfer.explorer.slices import Slices
 from tests.transfer.explorer.steps import Step, carry_out
 from tests.transfer.explorer.world import BUDGET, Model
 
@@ -53,7 +53,7 @@ class Frame:
             return True
         was, now = self.model.values[old], self.model.values[new]
         if isinstance(was, DecodeState):
-            return bool(was == replace(now, next_lease=was.next_lease))
+            return bool(was == now._replace(next_lease=was.next_lease))
         if isinstance(was, DecodeEngine):
             return bool(was == now._replace(stamp=was.stamp, free=was.free, elsewhere=was.elsewhere))
         return False

@@ -1,8 +1,6 @@
-"""Which steps are possible from a key, and where they lead, both remembered by what they depend on.
+"""Which steps are possible from a key, remembered by what it depends on.
 
-A component's value alone decides which steps start from it; a step changes only the components of its footprint (which
-is checked when it is first carried out). So a step from equal components is carried out once, and afterwards a
-transition is a few look-ups. `cluster` is the pair slot that a move belongs to.
+A component's value alone decides which steps start from it.
 """
 
 from __future__ import annotations
@@ -11,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from kv_transfer.events import AttemptKey
-from tests.transfer.explorer import halves, router
-from tests.transfer.explorer.checks import check_deadlines, require
-from tests.transfer.explorer.frame import Frame
+from kv_transfer.protocol import next_deadline
+from tests.transfer.explorer import router
+from tests.transfer.explorer.move import Key, Move
 from tests.transfer.explorer.parts import (
     Budget,
     DecodeEngine,
@@ -26,21 +24,10 @@ from tests.transfer.explorer.parts import (
     PrefillHalf,
     RouterRequest,
     Side,
-    Violation,
 )
 from tests.transfer.explorer.plans import STRIKES, is_next
-from tests.transfer.explorer.slices import Slices
-from tests.transfer.explorer.steps import Step, carry_out
+from tests.transfer.explorer.steps import Step
 from tests.transfer.explorer.world import BUDGET, ENGINE, FIRST_WORKER, PER_WORKER, PROTO, TO_DECODE, TO_PREFILL, Model
-
-Key = tuple[int, ...]
-Calls = tuple[tuple[Any, ...], ...]
-
-
-class Move(NamedTuple):
-    step: Step
-    footprint: tuple[int, ...]
-    cluster: int
 
 
 class Options(NamedTuple):
@@ -55,15 +42,17 @@ NOTHING = Options([], [], [])
 
 
 class Moves:
+    """Owned by one search."""
+
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.slices = Slices(model)
-        self.frame = Frame(model, self.slices) if model.comes_apart else None
         self._options: dict[int, list[dict[int, Options]]] = {}  # by the number of epochs, slot and value
-        self._effects: dict[tuple[Step, Key], tuple[Key, Calls, bool]] = {}
-        self._heard: dict[tuple[tuple[Any, ...], Key], tuple[Key, Calls]] = {}
+        everything = tuple(range(model.size))
+        self._times = [Move(("time", worker), everything, 0) for worker in range(model.num_workers)]
 
-    # ---- what can happen
+    def time(self, worker: int) -> Move:
+        """Time passes at a worker until its next deadline, without a fault."""
+        return self._times[worker]
 
     def of(self, key: Key, max_epochs: int) -> tuple[list[Move], list[Move]]:
         """What happens by itself, and what may be drawn from the budget."""
@@ -82,7 +71,7 @@ class Moves:
             if budget.left:
                 faults += found.faults
             if budget.plan and found.strikes:
-                faults += [move for move in found.strikes if is_next(self.model, budget, move.step[0], move.step[1])]
+                faults += [move for move in found.strikes if is_next(self.model, budget, move.name, move.step[1])]
         return progress, faults
 
     def _find(self, slot: int, number: int, max_epochs: int) -> Options:
@@ -90,10 +79,10 @@ class Moves:
         moves = list(self._all(slot, self.model.values[number], max_epochs))
         if not moves:
             return NOTHING
-        faults = [move for move in moves if move.step[0] in kinds]
-        strikes = [move for move in faults if move.step[0] in STRIKES and move.step[1] in planned]
+        faults = [move for move in moves if move.name in kinds]
+        strikes = [move for move in faults if move.name in STRIKES and move.step[1] in planned]
         return Options(
-            [move for move in moves if move.step[0] not in FAULTS],
+            [move for move in moves if move.name not in FAULTS],
             [move for move in faults if move not in strikes],
             strikes,
         )
@@ -113,7 +102,7 @@ class Moves:
             yield from self._of_protocol(worker, value) if part == PROTO else self._of_engine(worker, value)
 
     def _of_request(self, index: int, request: RouterRequest) -> Iterator[Move]:
-        around, cluster = self._told(index), self._cluster(index)
+        around, cluster = self.model.told_slots(index), self._cluster(index)
         if request.phase is Phase.IDLE:
             yield Move(("open", index), around, cluster)
         if router.active(request):
@@ -128,15 +117,16 @@ class Moves:
         worker = spec.prefill if role == TO_PREFILL else self.model.config.prefills + spec.decode
         if commands:
             plan = (BUDGET,) if "tick" in self.model.config.kinds else ()
-            yield Move(("command", request, role), (slot, *self._local(worker), cluster + role, *plan), cluster)
+            around = (slot, *self._local(worker), cluster + role, *plan)
+            yield Move(("command", request, role), around, cluster, worker, commands[0])
         for step in channel_faults("inbox", (request, role), commands):
             yield Move(step, (slot, BUDGET), cluster)
 
     def _of_protocol(self, worker: int, state: Any) -> Iterator[Move]:
         around = (*self._local(worker), BUDGET, *self.model.halves_of(worker))
-        if state.next_deadline() is not None:
+        if next_deadline(state) is not None:
             yield Move(("tick", worker), around, self._first_link(worker))
-        told = [slot for index in self.model.requests_at(worker) for slot in self._told(index)]
+        told = [slot for index in self.model.requests_at(worker) for slot in self.model.told_slots(index)]
         yield Move(("crash", worker), (*around, *told), self._first_link(worker))
 
     def _of_engine(self, worker: int, engine: PrefillEngine | DecodeEngine) -> Iterator[Move]:
@@ -145,14 +135,15 @@ class Moves:
             for work in engine.work:
                 cluster = self._cluster_of(work.key)
                 if work.computing and (work.holds or engine.free >= self.model.spec(work.key).num_blocks):
-                    yield Move(("compute", worker, work.key), (*local, cluster), cluster)
+                    yield Move(("compute", worker, work.key), (*local, cluster), cluster, worker)
                 if work.computing:
                     yield Move(("refuse", worker, work.key), (*local, cluster, BUDGET), cluster)
             return
         for key, _ in engine.replies:
-            yield Move(("reply", worker, key), (*local, self._cluster_of(key) + half), self._cluster_of(key))
+            cluster = self._cluster_of(key)
+            yield Move(("reply", worker, key), (*local, cluster + half), cluster, worker)
         for running in engine.running:
-            yield Move(("decode", worker, running), local, self._cluster_of(running.key))
+            yield Move(("decode", worker, running), local, self._cluster_of(running.key), worker)
 
     def _of_half(self, slot: int, half: Half, max_epochs: int) -> Iterator[Move]:
         """`cluster` is the slot of prefill's half, which stands for the pair."""
@@ -163,7 +154,8 @@ class Moves:
         for epoch in half.epochs:
             where = (worker, prefill, decode, epoch.number)
             for name in possible(epoch):
-                yield Move((name, *where), (*around, BUDGET) if name in FAULTS else around, cluster)
+                head = epoch.inbound[0] if name == "deliver" else None
+                yield Move((name, *where), (*around, BUDGET) if name in FAULTS else around, cluster, worker, head)
             for step in channel_faults("link", where, epoch.inbound):
                 yield Move(step, (slot, BUDGET), cluster)
         if isinstance(half, PrefillHalf) and half.made < max_epochs and not any(e.side is Side.UP for e in half.epochs):
@@ -178,80 +170,12 @@ class Moves:
     def _local(self, worker: int) -> tuple[int, int]:
         return self.model.slot(worker, PROTO), self.model.slot(worker, ENGINE)
 
-    def _told(self, request: int) -> tuple[int, int, int]:
-        return (self.model.request_slot(request), *self._inboxes(request))
-
-    def _inboxes(self, request: int) -> tuple[int, int]:
-        return self.model.inbox_slot(request, TO_PREFILL), self.model.inbox_slot(request, TO_DECODE)
-
     def _cluster(self, request: int) -> int:
         spec = self.model.config.requests[request]
         return self.model.pair_slot(spec.prefill, spec.decode)
 
     def _cluster_of(self, key: AttemptKey) -> int:
         return self._cluster(self.model.request_index[key.request_id])
-
-    # ---- where it leads
-
-    def take(self, key: Key, move: Move) -> Key:
-        """The key after a move. Raises Violation."""
-        after, calls, _ = self._effect(key, move)
-        result = list(key)
-        for slot, number in zip(move.footprint, after, strict=True):
-            result[slot] = number
-        while calls:
-            calls = self._hear(result, calls[0]) + calls[1:]
-        return tuple(result)
-
-    def is_idle(self, key: Key, move: Move) -> bool:
-        """Whether the protocol neither changes nor asks for anything at this move. A violation is not idle."""
-        try:
-            return self._effect(key, move)[2]
-        except Violation:
-            return False
-
-    def _effect(self, key: Key, move: Move) -> tuple[Key, Calls, bool]:
-        """What the footprint becomes, what others are told, whether the protocol stays idle."""
-        before = tuple([key[slot] for slot in move.footprint])
-        effect = self._effects.get((move.step, before))
-        if effect is None:
-            effect = self._effects[(move.step, before)] = self._carry_out(key, move)
-        return effect
-
-    def _carry_out(self, key: Key, move: Move) -> tuple[Key, Calls, bool]:
-        world = self.model.world(key)
-        carry_out(world, move.step)
-        after = world.key()
-        changed = {slot for slot, number in enumerate(after) if number != key[slot]}
-        touched = {(slot - FIRST_WORKER) // PER_WORKER for slot in changed & self.model.proto_slots}
-        check_deadlines(world, touched)
-        require(changed <= set(move.footprint), f"{move.step[0]} reaches beyond its pair: slots {changed}")
-        if self.frame is not None and move.step[0] not in ("time", *STRIKES):
-            self.frame.check(key, move.step, move.cluster, (after, tuple(world.calls), world.idle))
-        return tuple([after[slot] for slot in move.footprint]), tuple(world.calls), world.idle
-
-    def _hear(self, key: list[int], call: tuple[Any, ...]) -> Calls:
-        """Carry out one call of a step. Changes `key`, returns what it calls in turn."""
-        footprint = self._reach(call)
-        before = tuple([key[slot] for slot in footprint])
-        heard = self._heard.get((call, before))
-        if heard is None:
-            heard = self._heard[(call, before)] = self._carry_out_call(tuple(key), call, footprint)
-        for slot, number in zip(footprint, heard[0], strict=True):
-            key[slot] = number
-        return heard[1]
-
-    def _reach(self, call: tuple[Any, ...]) -> tuple[int, ...]:
-        if call[0] == "half":
-            return (call[1],)
-        return self._told(self.model.request_index[call[2].request_id])
-
-    def _carry_out_call(self, key: Key, call: tuple[Any, ...], footprint: tuple[int, ...]) -> tuple[Key, Calls]:
-        world = self.model.world(key)
-        kind, *details = call
-        (halves.receive if kind == "half" else router.hear)(world, *details)
-        after = world.key()
-        return tuple([after[slot] for slot in footprint]), tuple(world.calls)
 
 
 FAULTS = frozenset({"tick", "crash", "suspect", "corrupt", "refuse", "cancel", "lose", "dup", "swap"})

@@ -2,94 +2,80 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
-from kv_transfer.events import AttemptKey
 from kv_transfer.messages import Abort, ChunksDone, Committed, Finish
-from tests.transfer.explorer.moves import Key, Move, Moves
+from tests.transfer.explorer.effects import Effects
+from tests.transfer.explorer.move import Key, Move
 from tests.transfer.explorer.parts import Budget, CancelCommand, DecodeEngine, Side
-from tests.transfer.explorer.world import BUDGET, ENGINE, TO_PREFILL
+from tests.transfer.explorer.slices import Slices
+from tests.transfer.explorer.world import BUDGET, ENGINE, Model
 
 
 class Reduction:
     """Owned by one search. Stateless but for what the configuration decides once."""
 
-    def __init__(self, moves: Moves) -> None:
-        model, config = moves.model, moves.model.config
-        self.moves = moves
-        self.model = model
+    def __init__(self, model: Model, effects: Effects, slices: Slices) -> None:
+        config = model.config
+        self.model, self.effects, self.slices = model, effects, slices
         self.enabled, self.fine = config.reduce, config.fine
         demand = sum(request.chunks for request in config.requests) * config.attempts
-        self._dead: dict[tuple[int, int], bool] = {}
-        self._halves = [
-            [(slot, slot if model.is_prefill(worker) else slot - 1) for slot in model.halves_of(worker)]
-            for worker in range(model.num_workers)
-        ]
         self.credits_never_lack = demand <= config.window
+        self._halves = [_both_halves(model, worker) for worker in range(model.num_workers)]
+        self._stranded: list[dict[Key, bool]] = [{} for _ in self._halves]
 
     def enough(self, key: Key, progress: list[Move], faults: list[Move]) -> list[Move]:
-        everything = progress + faults
         if not self.fine:
-            at_once = next((move for move in progress if move.step[0] == "sent"), None)
-            if at_once is not None:
-                return [at_once]
+            for move in progress:
+                if move.name == "sent":
+                    return [move]
         if not self.enabled:
-            return everything
+            return progress + faults
         budget: Budget = self.model.values[key[BUDGET]]
         if not budget.left and not budget.plan:
-            harmless = next((move for move in progress if self._is_harmless(key, move)), None)
-            if harmless is not None:
-                return [harmless]
+            for move in progress:
+                if self._is_harmless(key, move):
+                    return [move]
         if budget.plan and self.model.comes_apart:
-            links = self.moves.slices.links_at(self.model.workers[budget.plan[0][1]])
-            return [move for move in everything if move.cluster in links]
-        return everything
+            links = self.slices.links_at(self.model.workers[budget.plan[0][1]])
+            return [move for move in progress + faults if move.cluster in links]
+        return progress + faults
 
     def _is_harmless(self, key: Key, move: Move) -> bool:
         """Taking it first loses nothing, once no fault can come any more: it commutes with all that may come before."""
-        name, *where = move.step
-        if name == "decode":
+        if move.name == "decode":
             return True
-        if name in ("command", "deliver"):
-            what = self._head(key, name, where)
-            if isinstance(what, ChunksDone) and self.credits_never_lack:
+        if move.head is not None:
+            if isinstance(move.head, ChunksDone) and self.credits_never_lack:
                 return True
-            if isinstance(what, CancelCommand):
-                return self.moves.is_idle(key, move) and not self._runs(key, what.key, where)
-            if isinstance(what, Abort | Committed | Finish) and self.moves.is_idle(key, move):
+            if isinstance(move.head, CancelCommand):
+                return self.effects.is_idle(key, move) and not self._runs(key, move)
+            if isinstance(move.head, Abort | Committed | Finish) and self.effects.is_idle(key, move):
                 return True
-        worker = self._worker_of(name, where)
-        return worker is not None and self.model.blocks_never_lack and self._is_stranded(key, worker)
+        return move.worker is not None and self.model.blocks_never_lack and self._is_stranded(key, move.worker)
 
-    def _head(self, key: Key, name: str, where: list[Any]) -> Any:
-        """The message or command that the move delivers."""
-        if name == "command":
-            return self.model.values[key[self.model.inbox_slot(*where)]][0]
-        half = self.model.values[key[self.model.half_slot(*where[:3])]]
-        return next(epoch for epoch in half.epochs if epoch.number == where[3]).inbound[0]
-
-    def _runs(self, key: Key, attempt: AttemptKey, where: list[Any]) -> bool:
-        worker = self._worker_of("command", where)
-        engine = self.model.values[key[self.model.slot(worker or 0, ENGINE)]]
-        return isinstance(engine, DecodeEngine) and any(running.key == attempt for running in engine.running)
+    def _runs(self, key: Key, cancel: Move) -> bool:
+        """Whether the attempt that is cancelled runs at the worker already."""
+        engine = self.model.values[key[self.model.slot(cancel.worker or 0, ENGINE)]]
+        return isinstance(engine, DecodeEngine) and any(running.key == cancel.head.key for running in engine.running)
 
     def _is_stranded(self, key: Key, worker: int) -> bool:
         """No connection and none to come: everything at this worker has ended or is refused when it arrives."""
-        return all(self._is_dead(key[slot], key[dialling]) for slot, dialling in self._halves[worker])
+        halves: tuple[int, ...] = self._halves[worker](key)
+        stranded = self._stranded[worker].get(halves)
+        if stranded is None:
+            pairs = zip(halves[::2], halves[1::2], strict=True)
+            stranded = self._stranded[worker][halves] = all(self._is_dead(*pair) for pair in pairs)
+        return stranded
 
     def _is_dead(self, half: int, dialling: int) -> bool:
         """Of a worker's half of a pair, and prefill's half, by their values' numbers."""
-        dead = self._dead.get((half, dialling))
-        if dead is None:
-            epochs = self.model.values[half].epochs
-            dead = not any(epoch.side is Side.UP for epoch in epochs)
-            dead = dead and self.model.values[dialling].made >= self.model.config.epochs
-            self._dead[(half, dialling)] = dead
-        return dead
+        connected = any(epoch.side is Side.UP for epoch in self.model.values[half].epochs)
+        return not connected and bool(self.model.values[dialling].made >= self.model.config.epochs)
 
-    def _worker_of(self, name: str, where: list[Any]) -> int | None:
-        """Where a progress move takes place, if at one worker."""
-        if name == "command":
-            spec = self.model.config.requests[int(where[0])]
-            return spec.prefill if where[1] == TO_PREFILL else self.model.config.prefills + spec.decode
-        return None if name in ("open", "router_lost", "connect") else int(where[0])
+
+def _both_halves(model: Model, worker: int) -> Any:
+    """Picks from a key, for all pairs of a worker: its half, and prefill's half."""
+    slots = [(slot, slot if model.is_prefill(worker) else slot - 1) for slot in model.halves_of(worker)]
+    return itemgetter(*[slot for pair in slots for slot in pair])

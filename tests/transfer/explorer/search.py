@@ -9,16 +9,21 @@ from __future__ import annotations
 import gc
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from struct import Struct
 
 from tests.transfer.explorer.config import Config
+from tests.transfer.explorer.effects import Effects
 from tests.transfer.explorer.endings import Endings
-from tests.transfer.explorer.moves import Key, Move, Moves
+from tests.transfer.explorer.move import Key, Move
+from tests.transfer.explorer.moves import Moves
 from tests.transfer.explorer.parts import Violation
 from tests.transfer.explorer.plans import STRIKES, budgets
 from tests.transfer.explorer.reduction import Reduction
+from tests.transfer.explorer.slices import Slices
 from tests.transfer.explorer.symmetry import Symmetry
-from tests.transfer.explorer.trace import readable
+from tests.transfer.explorer.trace import Replay
 from tests.transfer.explorer.world import Model
 
 CLOCK_EVERY = 1024  # states between two looks at the clock, which may cost more than a state
@@ -56,9 +61,13 @@ class Search:
         self.numbers: dict[bytes, int] = {}
         self.keys: list[bytes] = []
         self.parents = array("l")
+        self.slices = Slices(self.model)
         self.moves = Moves(self.model)
-        self.endings = Endings(self.moves)
-        self.reduction = Reduction(self.moves)
+        self.effects = Effects(self.model, self.slices)
+        self.endings = Endings(self.moves, self.effects)
+        self.reduction = Reduction(self.model, self.effects, self.slices)
+        self.layout = Struct(f"{self.model.size}I")
+        self.unpack: Callable[[bytes], Key] = self.layout.unpack
         self.result = Result(config)
 
     def run(self, max_states: int = 50_000_000, max_seconds: float = 3600.0) -> Result:
@@ -95,18 +104,18 @@ class Search:
 
     def _add_all(self, key: Key, parent: int) -> None:
         """A world, or the parts that it comes apart into when a planned fault is over."""
-        for part in self.moves.slices.of(key) if self.model.comes_apart else [key]:
+        for part in self.slices.of(key) if self.model.comes_apart else [key]:
             self._add(self.symmetry.canonical(part), parent)
 
     def _add(self, key: Key, parent: int) -> None:
-        packed = array("I", key).tobytes()
+        packed = self.layout.pack(*key)
         if packed not in self.numbers:
             self.numbers[packed] = len(self.keys)
             self.keys.append(packed)
             self.parents.append(parent)
 
     def _expand(self, number: int) -> None:
-        key = unpack(self.keys[number])
+        key = self.unpack(self.keys[number])
         progress, faults = self.moves.of(key, self.config.epochs)
         for move in self.reduction.enough(key, progress, faults):
             self._take(key, move, number)
@@ -117,10 +126,10 @@ class Search:
     def _take(self, key: Key, move: Move, number: int) -> None:
         self.result.transitions += 1
         try:
-            after = self.moves.take(key, move)
+            after = self.effects.take(key, move)
         except Violation as violation:
             raise _StepViolation(move, violation) from violation
-        if move.step[0] in STRIKES and self.model.comes_apart:
+        if move.name in STRIKES and self.model.comes_apart:
             self._add_all(after, number)
         else:
             self._add(self.symmetry.canonical(after), number)
@@ -130,8 +139,9 @@ class Search:
         path = [number]
         while self.parents[path[-1]] >= 0:
             path.append(self.parents[path[-1]])
-        keys = [unpack(self.keys[index]) for index in reversed(path)]
-        self.result.trace = readable(self.moves, self.symmetry, keys, move)
+        keys = [self.unpack(self.keys[index]) for index in reversed(path)]
+        replay = Replay(self.moves, self.effects, self.slices, self.symmetry)
+        self.result.trace = replay.lines(keys, move)
 
 
 class _StepViolation(Exception):
@@ -139,10 +149,6 @@ class _StepViolation(Exception):
         super().__init__(str(violation))
         self.move = move
         self.violation = violation
-
-
-def unpack(packed: bytes) -> Key:
-    return tuple(array("I", packed))
 
 
 def explore(config: Config, max_states: int = 50_000_000, max_seconds: float = 3600.0) -> Result:

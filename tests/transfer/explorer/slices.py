@@ -7,12 +7,13 @@ to each of them alone, and all that is checked is checked of each alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Hashable, Iterable
 from typing import Any
 
-from kv_transfer.frozen_map import FrozenMap
+from kv_transfer.frozen_map import FrozenMap, FrozenTable
+from kv_transfer.link_events import AttemptKey
 from kv_transfer.prefill_state import PrefillState
+from tests.transfer.explorer.move import Key
 from tests.transfer.explorer.parts import (
     Budget,
     DecodeEngine,
@@ -26,7 +27,6 @@ from tests.transfer.explorer.parts import (
 )
 from tests.transfer.explorer.world import BUDGET, ENGINE, FIRST_WORKER, NEVER, PER_WORKER, Model
 
-Key = tuple[int, ...]
 Links = frozenset[int]  # by the slot of prefill's half
 
 
@@ -110,16 +110,20 @@ class Slices:
         if not links & self.links_at(worker):
             return self.model.values[self.model.fresh_protocol(worker)]
         peers = {self.model.names[other] for other in others}
-        kept = replace(
-            state,
+        kept = state._replace(
             links=FrozenMap({peer: link for peer, link in state.links.items() if peer in peers}),
             ended=tuple(key for key in state.ended if self._keeps(key, links)),
         )
         if isinstance(kept, PrefillState):
             attempts = {key: attempt for key, attempt in kept.attempts.items() if attempt.peer in peers}
-            return replace(kept, attempts=FrozenMap(attempts))
+            waiting = {peer: keys for peer, keys in kept.waiting.items() if peer in peers}
+            aliases: dict[Hashable, AttemptKey] = {attempt.alias: key for key, attempt in attempts.items()}
+            return kept._replace(
+                attempts=FrozenTable(attempts), aliases=FrozenTable(aliases), waiting=FrozenMap(waiting)
+            )
         leases = {number: lease for number, lease in kept.leases.items() if lease.peer in peers}
-        return replace(kept, leases=FrozenMap(leases))
+        numbers: dict[Hashable, int] = {lease.key: number for number, lease in leases.items()}
+        return kept._replace(leases=FrozenTable(leases), aliases=FrozenTable(numbers))
 
     def _between(self, worker: int, other: int) -> Links:
         return self.links_at(worker) & self.links_at(other) if worker != other else frozenset()

@@ -7,7 +7,7 @@ from enum import Enum
 from itertools import permutations
 from typing import Any
 
-from kv_transfer.frozen_map import FrozenMap
+from kv_transfer.frozen_map import FrozenMap, FrozenTable
 from tests.transfer.explorer.parts import DecodeEngine, PrefillEngine
 from tests.transfer.explorer.world import BUDGET, NEVER, PER_WORKER, Model, epoch_name
 
@@ -82,7 +82,7 @@ class Renaming:
                 deadlines=tuple(sorted(renamed.deadlines)),
             )
         if hasattr(renamed, "ended"):
-            return replace(renamed, ended=tuple(sorted(renamed.ended)))
+            return renamed._replace(ended=tuple(sorted(renamed.ended)))
         return renamed
 
     def _rename(self, value: Any) -> Any:
@@ -91,8 +91,8 @@ class Renaming:
         if isinstance(value, tuple):
             items = [self._rename(item) for item in value]
             return value.__class__(*items) if hasattr(value, "_fields") else tuple(items)
-        if isinstance(value, FrozenMap):
-            return FrozenMap({self._rename(key): self._rename(item) for key, item in value.items()})
+        if isinstance(value, FrozenMap | FrozenTable):
+            return value.__class__({self._rename(key): self._rename(item) for key, item in value.items()})
         if is_dataclass(value) and not isinstance(value, type):
             return value.__class__(**{f.name: self._rename(getattr(value, f.name)) for f in fields(value)})
         if value is None or isinstance(value, int | float | Enum):

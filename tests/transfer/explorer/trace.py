@@ -4,53 +4,59 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.transfer.explorer.moves import FAULTS, Key, Move, Moves
+from tests.transfer.explorer.effects import Effects
+from tests.transfer.explorer.move import Key, Move
+from tests.transfer.explorer.moves import FAULTS, Moves
 from tests.transfer.explorer.parts import Violation
+from tests.transfer.explorer.slices import Slices
 from tests.transfer.explorer.steps import Step
 from tests.transfer.explorer.symmetry import Symmetry
 from tests.transfer.explorer.world import Model, epoch_name
 
 
-def readable(moves: Moves, symmetry: Symmetry, path: list[Key], last: Move | None) -> list[str]:
-    """Replay canonical keys from the first under one set of names, and describe each step."""
-    key = path[0]
-    lines = []
-    for number, target in enumerate(path[1:], 1):
-        move, after = _move_to(moves, key, target, symmetry)
-        lines.append(f"{number:3}. {describe(moves.model, key, move.step)}")
-        key = after
-    if last is None:
-        return [*lines, "     ... and nothing else happens by itself"]
-    wrong = _wrong_move(moves, key, last)
-    return [*lines, f"{len(lines) + 1:3}. {describe(moves.model, key, wrong.step)}   <- here"]
+class Replay:
+    """Finds the moves that lead along a path of canonical keys, under one set of names."""
 
+    def __init__(self, moves: Moves, effects: Effects, slices: Slices, symmetry: Symmetry) -> None:
+        self.moves, self.effects, self.slices, self.symmetry = moves, effects, slices, symmetry
+        self.model = moves.model
 
-def _all_moves(moves: Moves, key: Key) -> list[Move]:
-    progress, faults = moves.of(key, moves.model.config.epochs)
-    return progress + faults
+    def lines(self, path: list[Key], last: Move | None) -> list[str]:
+        key = path[0]
+        lines = []
+        for number, target in enumerate(path[1:], 1):
+            move, after = self._move_to(key, target)
+            lines.append(f"{number:3}. {describe(self.model, key, move.step)}")
+            key = after
+        if last is None:
+            return [*lines, "     ... and nothing else happens by itself"]
+        wrong = self._wrong_move(key, last)
+        return [*lines, f"{len(lines) + 1:3}. {describe(self.model, key, wrong.step)}   <- here"]
 
+    def _all_moves(self, key: Key) -> list[Move]:
+        progress, faults = self.moves.of(key, self.model.config.epochs)
+        return progress + faults
 
-def _move_to(moves: Moves, key: Key, target: Key, symmetry: Symmetry) -> tuple[Move, Key]:
-    for move in _all_moves(moves, key):
-        try:
-            after = moves.take(key, move)
-        except Violation:
-            continue
-        for part in moves.slices.of(after) if moves.model.comes_apart else [after]:
-            if symmetry.canonical(part) == target:
-                return move, part
-    raise AssertionError("the trace cannot be replayed")
-
-
-def _wrong_move(moves: Moves, key: Key, last: Move) -> Move:
-    """The move that goes wrong here: under this trace's names it may not be `last` itself."""
-    for move in _all_moves(moves, key):
-        if move.step[0] == last.step[0]:
+    def _move_to(self, key: Key, target: Key) -> tuple[Move, Key]:
+        for move in self._all_moves(key):
             try:
-                moves.take(key, move)
+                after = self.effects.take(key, move)
             except Violation:
-                return move
-    return last
+                continue
+            for part in self.slices.of(after) if self.model.comes_apart else [after]:
+                if self.symmetry.canonical(part) == target:
+                    return move, part
+        raise AssertionError("the trace cannot be replayed")
+
+    def _wrong_move(self, key: Key, last: Move) -> Move:
+        """The move that goes wrong here: under this trace's names it may not be `last` itself."""
+        for move in self._all_moves(key):
+            if move.name == last.name:
+                try:
+                    self.effects.take(key, move)
+                except Violation:
+                    return move
+        return last
 
 
 def describe(model: Model, key: Key, step: Step) -> str:

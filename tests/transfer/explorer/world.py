@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from kv_transfer import protocol
@@ -82,6 +81,10 @@ class Model:
         """The router's view of a request."""
         return self.first_request + request
 
+    def told_slots(self, request: int) -> tuple[int, int, int]:
+        """The router's view of a request, and the commands about it that are on their way."""
+        return self.request_slot(request), self.inbox_slot(request, TO_PREFILL), self.inbox_slot(request, TO_DECODE)
+
     def requests_at(self, worker: int) -> list[int]:
         """The requests that use a worker."""
         return [
@@ -117,7 +120,7 @@ class Model:
             state, actions = stepper(self.values[number], event)
             check_company(stepper, self.values[number], event, state, actions)
             known = self._steps[(number, event)] = (
-                self.intern(replace(state, ended=tuple(sorted(state.ended)))),
+                self.intern(state._replace(ended=tuple(sorted(state.ended)))),
                 actions,
             )
         return known
