@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import Store
 from baton.common.errors import ConfigError
 from kv_transfer.transport import PairGroup, TransferError, first_line, run_bounded
 
+MESSAGE_BYTES = 32 * 1024 * 1024  # the largest: what a pair may occupy the link with before another's turn
 _TAG = 0
 _ABORT_TIMEOUT_S = 5.0
 _DRAIN_POLL_S = 0.001
@@ -80,6 +81,8 @@ def _make_group(
 class NcclTransport:
     """See `PairTransport`. Operations are ordered after the work on the caller's current CUDA stream.
 
+    One of more than MESSAGE_BYTES is several messages, at both ends alike.
+
     `launch_lock` is shared by all transports of a device: NCCL orders launches by the program order of one host thread.
     Whoever waits for an operation blocks in its completion event; a watchdog of our own aborts the communicator when
     the oldest operation is overdue, which makes the event fire.
@@ -132,7 +135,8 @@ class NcclTransport:
             try:
                 with launch_order:
                     start = self._group.send if what == "send" else self._group.recv
-                    start([buffer], self._peer, _TAG).wait()  # orders the current stream after it, blocks nothing
+                    for message in torch.split(buffer, MESSAGE_BYTES):
+                        start([message], self._peer, _TAG).wait()  # orders the current stream after it, blocks nothing
                     done = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
                     done.record()
             except RuntimeError as error:

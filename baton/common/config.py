@@ -82,8 +82,9 @@ class EngineConfig(_Section):
 class TransferConfig(_Section):
     """The KV connection of a prefill/decode pair. Times in seconds, sizes in bytes.
 
-    `backend` "auto" is NCCL between GPUs and gloo between CPUs; the decode worker's choice counts. `window` messages of
-    `slot_bytes` may be in flight, which is the staging memory of a pair at either end.
+    `backend` "auto" is NCCL between GPUs and gloo between CPUs; the decode worker's choice counts. `window` chunks of
+    `slot_bytes` may be in flight, which is the staging memory of a pair at either end; NCCL cuts what is larger than
+    32 MiB into messages of that size.
     `layer_groups`: in how many parts a prefill step's KV is announced; 0 adapts them to compute and link.
     `max_ctas` bounds the multiprocessors that NCCL takes. `num_pairs` connections of a worker are made when workers
     register, and on a GPU memory is set aside for them; further ones are made at their first hand-over.
@@ -92,7 +93,7 @@ class TransferConfig(_Section):
 
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     window: int = Field(8, ge=1, le=64)
-    slot_bytes: int = Field(32 * 1024 * 1024, ge=4096, le=32 * 1024 * 1024)
+    slot_bytes: int = Field(32 * 1024 * 1024, ge=4096, le=128 * 1024 * 1024)
     layer_groups: int = Field(0, ge=0)
     max_ctas: int = Field(4, ge=1, le=32)
     num_pairs: int = Field(4, ge=0)

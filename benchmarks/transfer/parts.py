@@ -10,6 +10,7 @@ from benchmarks.transfer.children import ProbeFailed
 from benchmarks.transfer.figures import Row, percentiles, phases
 from benchmarks.transfer.session import Session
 from benchmarks.transfer.steps import steps
+from kv_transfer.nccl import MESSAGE_BYTES
 
 MIB = 1 << 20
 RAW_MIN_BYTES = 256 * MIB
@@ -39,7 +40,7 @@ async def raw(session: Session) -> AsyncIterator[Row]:
     """One group of torch's own beside ours, with messages of a slot."""
     await session.meet()
     await session.raw_link()
-    size = session.options.slot_bytes
+    size = min(session.options.slot_bytes, MESSAGE_BYTES)
     for num_bytes in sorted({size, *(_message_bytes(session, tokens) for tokens in session.options.tokens)}):
         count = max(4, min(RAW_MIN_BYTES, _kv_bytes(session, max(session.options.tokens))) // num_bytes)
         seconds = min([max(await session.both("raw_move", count=count, num_bytes=num_bytes)) for _ in range(3)])
@@ -54,7 +55,7 @@ async def packing(session: Session) -> AsyncIterator[Row]:
     for name, calls in (("stream", ("pack", "gather")), ("decode", ("unpack", "scatter"))):
         times = await session.children[name].ask("pack_seconds", layers=group)
         ours, bare = (times[f"{call}_call"] for call in calls)
-        rate = session.raw_rates.get(session.options.slot_bytes)
+        rate = session.raw_rates.get(min(session.options.slot_bytes, MESSAGE_BYTES))
         details: dict[str, Any] = {f"{calls[1]}_us": bare * 1e6, "bytes": times["bytes"], "layers": group}
         if rate is not None:
             details["send_us"] = times["bytes"] / rate * 1e6
@@ -209,7 +210,7 @@ async def _bulk(session: Session, tokens: int) -> Row:
 
 
 def _message_bytes(session: Session, tokens: int) -> int:
-    return min(session.options.slot_bytes, _kv_bytes(session, tokens))
+    return min(session.options.slot_bytes, MESSAGE_BYTES, _kv_bytes(session, tokens))
 
 
 def _kv_bytes(session: Session, tokens: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from benchmarks.transfer.figures import Row, step_ratio
 from benchmarks.transfer.session import Session
+from kv_transfer.nccl import MESSAGE_BYTES
 
 During = Callable[[Session], Awaitable[dict[str, float]]]
 
@@ -79,7 +80,7 @@ async def _posted_receive(session: Session) -> dict[str, float]:
 
 async def _flat_out(session: Session) -> dict[str, float]:
     await session.raw_link()
-    size, window_s = session.options.slot_bytes, session.options.window_s
+    size, window_s = min(session.options.slot_bytes, MESSAGE_BYTES), session.options.window_s
     count = max(4, int(window_s / 4 * session.raw_rates.get(size, 1e9) / size))
     started, seconds, num_bytes = time.monotonic(), 0.0, 0
     while time.monotonic() < started + window_s:

@@ -42,8 +42,10 @@ class FakeGroup:
         self.abort_works = abort_works
         self.aborts = 0
         self.launched = threading.Event()
+        self.messages: list[bytes] = []
 
-    def send(self, tensors: object, peer: int, tag: int, /) -> SimpleNamespace:
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int, /) -> SimpleNamespace:
+        self.messages += [bytes(tensor.tolist()) for tensor in tensors]
         self.launched.set()
         return SimpleNamespace(wait=lambda: True)
 
@@ -117,6 +119,14 @@ def test_nccl_operations_overlap_and_each_is_waited_for(done: threading.Event) -
     for transfer in transfers:
         transfer.wait()
     transport.close()
+
+
+def test_nccl_cuts_a_large_buffer_into_messages(done: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv_transfer.nccl.MESSAGE_BYTES", 4)
+    group = FakeGroup(done)
+    done.set()
+    nccl_over(group).start_send(torch.arange(10, dtype=torch.uint8)).wait()
+    assert group.messages == [bytes([0, 1, 2, 3]), bytes([4, 5, 6, 7]), bytes([8, 9])]
 
 
 def test_workers_turn_multicast_and_torchs_own_error_handling_off() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -75,32 +76,46 @@ def test_bounds(row: Row, is_met: bool | None) -> None:
     assert row.is_met is is_met
 
 
+def test_figures_are_drawn_and_rows_without_a_value_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plots = importlib.import_module("benchmarks.transfer.plots")
+    rows = [
+        Row("exposed, 512 tokens, layer groups, decode idle", 2.0, "ms", at_most=2.0),
+        Row("exposed, 8192 tokens, layer groups, decode idle", None, "ms"),
+        Row("bulk, 512 tokens, ready to admissible, of raw", 80.0, "%", details={"gb_s": 50.0, "raw_gb_s": 66.0}),
+        Row("decode step, receiving flat out", 1.1, "x idle", details={"idle_p50_ms": 4.0, "busy_p50_ms": 4.4}),
+    ]
+    [path] = plots.write_plots([row.as_json() for row in rows], tmp_path / "transfer")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_wrong_part_is_named() -> None:
     outcome = CliRunner().invoke(app, ["bench", "transfer", "--part", "nonsense"])
     assert "part" in str(outcome.exception)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_a_whole_run_on_cpus(tmp_path: Path) -> None:
-    """Two prefill workers and a decode worker over gloo: every part has figures, and their bytes are the model's."""
-    out = tmp_path / "transfer.json"
-    flags = "--shape tiny --device cpu --tokens 48 --tokens 112 --repeats 1 --batch 2 --context 32 --slot-kib 16"
-    arguments = ["bench", "transfer", *flags.split(), "--prefill-budget", "32", "--window-s", "1", "--out", str(out)]
-    outcome = CliRunner().invoke(app, arguments)
+@pytest.mark.timeout(120)
+def test_a_run_on_cpus(tmp_path: Path) -> None:
+    """Two prefill workers and a decode worker over gloo: the parts have figures, and their bytes are the model's."""
+    out, tokens = tmp_path / "transfer.json", 112
+    flags = f"--shape tiny --device cpu --tokens {tokens} --repeats 1 --batch 2 --context 32 --slot-kib 16 --no-plot"
+    parts = [flag for part in ("raw", "idle", "batch", "steps", "packing") for flag in ("--part", part)]
+    arguments = ["bench", "transfer", *flags.split(), "--prefill-budget", "32", "--window-s", "0.3", *parts]
+    outcome = CliRunner().invoke(app, [*arguments, "--out", str(out)])
     assert outcome.exit_code == 0, outcome.output
     rows = {row["work"]: row for row in json.loads(out.read_text())["rows"]}
     failed = {work: row["details"] for work, row in rows.items() if row["value"] is None}
     assert failed == {}
-    kv_bytes_per_block = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, head dim, float32
-    for tokens in (48, 112):
-        for how in ("layer groups", "after the compute"):
-            for beside in ("decode idle", "decode at batch 2"):
-                row = rows[f"exposed, {tokens} tokens, {how}, {beside}"]
-                assert row["details"]["bytes"] == tokens // 16 * kv_bytes_per_block
-                assert 0 < row["value"] < 5000
-                assert row["details"]["prefill_ms"] > 0
-        bulk = rows[f"bulk, {tokens} tokens, ready to admissible, of raw"]
-        assert bulk["details"]["bytes"] == tokens // 16 * kv_bytes_per_block
-        assert 0 < bulk["value"] <= 100
+    kv_bytes = tokens // 16 * 2 * 2 * 16 * 2 * 16 * 4  # blocks; layers, K and V, tokens, heads, head dim, float32
+    for how in ("layer groups", "after the compute"):
+        for beside in ("decode idle", "decode at batch 2"):
+            row = rows[f"exposed, {tokens} tokens, {how}, {beside}"]
+            assert row["details"]["bytes"] == kv_bytes
+            assert 0 < row["value"] < 5000
+            assert row["details"]["prefill_ms"] > 0
+            assert len(row["details"]["chunk_us"]) == 4, "a phase of the chunks was not noted"
+    bulk = rows[f"bulk, {tokens} tokens, ready to admissible, of raw"]
+    assert bulk["details"]["bytes"] == kv_bytes
+    assert 0 < bulk["value"] <= 100
     assert {row["unit"] for work, row in rows.items() if work.startswith("decode step")} == {"x idle"}
