@@ -7,12 +7,14 @@ in the tuning table.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from baton.engine.attention.base import AttentionMetadata
-from baton.engine.kernels.tuning import Tuning
+from baton.engine.kernels.tuning import DenseConfig, Tuning
 
 
 def padded_length(num_tokens: int, step: int) -> int:
@@ -28,14 +30,7 @@ class DensePrefill:
     def pays(self, q: torch.Tensor, meta: AttentionMetadata) -> bool:
         """Whether every prefill segment is fresh and together they are faster here than in the paged kernel."""
         config = self._tuning.dense(q.shape[2], q.dtype)
-        if config is None or not meta.fresh_rows:
-            return False
-        lengths = [end - start for start, end in meta.fresh_rows]
-        if min(lengths) < config.min_tokens or max(lengths) > config.max_tokens:
-            return False
-        work = sum(length * length for length in lengths)
-        padded_work = sum(padded_length(length, config.step) ** 2 for length in lengths)
-        return padded_work < config.speedup * work
+        return config is not None and bool(meta.fresh_rows) and _pays(config, meta.fresh_rows)
 
     def attend(
         self,
@@ -64,6 +59,16 @@ class DensePrefill:
                 return attended
             out[start:end] = attended
         return out
+
+
+@lru_cache(maxsize=64)  # asked for every layer of a step
+def _pays(config: DenseConfig, rows: tuple[tuple[int, int], ...]) -> bool:
+    lengths = [end - start for start, end in rows]
+    if min(lengths) < config.min_tokens or max(lengths) > config.max_tokens:
+        return False
+    work = sum(length * length for length in lengths)
+    padded_work = sum(padded_length(length, config.step) ** 2 for length in lengths)
+    return padded_work < config.speedup * work
 
 
 def _padded(x: torch.Tensor, length: int) -> torch.Tensor:

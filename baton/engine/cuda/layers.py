@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from baton.engine.kernels import rms_norm as kernel
-from baton.engine.kernels.few_linear import few_gated_linear, few_linear
+from baton.engine.kernels.few_linear import MAX_ROWS, few_gated_linear, few_linear
 from baton.engine.kernels.silu_mul import silu_mul
 from baton.engine.kernels.thin_linear import thin_gated_linear, thin_linear
 from baton.engine.kernels.tuning import Tuning
@@ -35,15 +35,19 @@ def linear_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if bias is not None or x.shape[0] > MAX_ROWS:
+        return silu_mul(linear(x, weight, bias))
     tuning = _tuning(x.device)
-    if bias is None and (thin := tuning.thin_gated(x.shape[0], x.dtype)) is not None:
+    if (thin := tuning.thin_gated(x.shape[0], x.dtype)) is not None:
         return thin_gated_linear(x, weight, thin)
-    if bias is None and (few := tuning.few(x.shape[0], weight, "gated")) is not None:
+    if (few := tuning.few(x.shape[0], weight, "gated")) is not None:
         return few_gated_linear(x, weight, few)
-    return silu_mul(linear(x, weight, bias))
+    return silu_mul(linear(x, weight, None))
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
+    if x.shape[0] > MAX_ROWS:
+        return functional.linear(x, weight, bias)
     tuning = _tuning(x.device)
     if (thin := tuning.thin(x.shape[0], x.shape[1], x.dtype)) is not None:
         return thin_linear(x, weight, bias, thin)

@@ -9,12 +9,14 @@ of one common length, so that a long sequence in a batch of short ones gets more
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from baton.engine.kernels.paged import attend_range, check_cache, dot_precision
+from baton.engine.kernels.launch import NUM_PLANS, Launch, Signature, next_power_of_2, signature
+from baton.engine.kernels.paged import attend_range, check_cache, check_output, dot_precision
 from baton.engine.kernels.tuning import DecodeConfig
 
 _MERGE_TILE = 16
@@ -177,64 +179,61 @@ def decode_attention(
 
     out: like q, contiguous. Raises ValueError.
     """
-    check_cache(q, layer_kv)
-    _, _, block_size, num_kv_heads, head_dim = layer_kv.shape
-    num_heads = q.shape[1]
-    group = num_heads // num_kv_heads
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if out.shape != q.shape or not out.is_contiguous():
-        raise ValueError("out must be contiguous and have the shape of q")
-    if num_seqs == 0:
+    launches = _plan(
+        q.get_device(),
+        signature(q),
+        signature(layer_kv),
+        signature(out),
+        signature(context_lens),
+        signature(block_tables),
+        num_seqs,
+        scale,
+        config,
+    )
+    if launches is None:
         return
-    items = config.programs + num_seqs
+    attend, merge = launches
+    items, num_heads, head_dim = config.programs + num_seqs, *q.shape[1:]
     partial = torch.empty((items, num_heads, head_dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((items, num_heads), dtype=torch.float32, device=q.device)
-    num_seqs_pad = triton.next_power_of_2(num_seqs)
-    head_dim_pad = max(16, triton.next_power_of_2(head_dim))
-    decode_attention_kernel[(num_kv_heads, items)](
-        q,
-        layer_kv,
-        out,
-        partial,
-        lse,
-        context_lens,
-        block_tables,
-        scale * math.log2(math.e),
-        num_seqs,
-        config.programs,
-        config.min_tiles,
-        q.stride(0),
-        q.stride(1),
-        layer_kv.stride(0),
-        layer_kv.stride(1),
-        layer_kv.stride(2),
-        block_tables.stride(0),
-        GROUP=group,
-        GROUP_PAD=max(16, triton.next_power_of_2(group)),
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PAD=head_dim_pad,
-        BLOCK_SIZE=block_size,
-        BLOCK_N=config.block_n,
-        NUM_SEQS_PAD=num_seqs_pad,
-        PRECISION=dot_precision(q.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    merge_splits_kernel[(num_heads, num_seqs)](
-        out,
-        partial,
-        lse,
-        context_lens,
-        num_seqs,
-        config.programs,
-        config.min_tiles,
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PAD=head_dim_pad,
-        BLOCK_N=config.block_n,
-        NUM_SEQS_PAD=num_seqs_pad,
-        TILE=_MERGE_TILE,
-        num_warps=4,
-    )
+    attend(q, layer_kv, out, partial, lse, context_lens, block_tables)
+    merge(out, partial, lse, context_lens)
+
+
+@lru_cache(NUM_PLANS)
+def _plan(
+    device: int,
+    q: Signature,
+    layer_kv: Signature,
+    out: Signature,
+    context_lens: Signature,
+    block_tables: Signature,
+    num_seqs: int,
+    scale: float,
+    config: DecodeConfig,
+) -> tuple[Launch, Launch] | None:
+    """None where there is nothing to compute."""
+    del device, context_lens
+    check_cache(q, layer_kv)
+    check_output(q, out, scale)
+    if num_seqs == 0:
+        return None
+    _, _, block_size, num_kv_heads, head_dim = layer_kv[0]
+    num_heads = q[0][1]
+    group = num_heads // num_kv_heads
+    plan_numbers = (num_seqs, config.programs, config.min_tiles)
+    plan_constants = {"BLOCK_N": config.block_n, "NUM_SEQS_PAD": next_power_of_2(num_seqs)}
+    heads = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HEAD_DIM_PAD": max(16, next_power_of_2(head_dim))}
+    numbers = (scale * math.log2(math.e), *plan_numbers, *q[1][:2], *layer_kv[1][:3], block_tables[1][0])
+    constants = {
+        **heads,
+        **plan_constants,
+        "GROUP": group,
+        "GROUP_PAD": max(16, next_power_of_2(group)),
+        "BLOCK_SIZE": block_size,
+        "PRECISION": dot_precision(q[2]),
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    attend = Launch(decode_attention_kernel, (num_kv_heads, config.programs + num_seqs), numbers, constants, **options)
+    constants = {**heads, **plan_constants, "TILE": _MERGE_TILE}
+    return attend, Launch(merge_splits_kernel, (num_heads, num_seqs), plan_numbers, constants, num_warps=4)

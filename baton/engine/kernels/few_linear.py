@@ -8,10 +8,13 @@ columns and the sums of the parts are left to the kernel behind, which reads its
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
+from baton.engine.kernels.launch import NUM_PLANS, Launch, Signature, cdiv, is_packed, next_power_of_2, signature
 from baton.engine.kernels.tuning import FewConfig
 
 MAX_ROWS = 64
@@ -82,44 +85,49 @@ def few_gated_linear(x: torch.Tensor, weight: torch.Tensor, config: FewConfig) -
 
     Rounds as the product and then `silu_mul` do. Legal in a CUDA graph. Raises ValueError.
     """
-    if weight.shape[0] % 2 or config.splits != 1:
-        raise ValueError(f"takes an even number of outputs and no splits, got {tuple(weight.shape)}, {config.splits}")
     return _product(x, weight, None, config, gated=True)
 
 
 def _product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: FewConfig, *, gated: bool
 ) -> torch.Tensor:
-    num_rows, in_size = x.shape
-    out_size = weight.shape[0] // 2 if gated else weight.shape[0]
-    if weight.shape[1] != in_size or not weight.is_contiguous() or x.stride(1) != 1 or x.dtype != weight.dtype:
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
+    with_bias = None if bias is None else signature(bias)
+    launch, shape = _plan(x.get_device(), signature(x), signature(weight), with_bias, config, gated)
+    out = torch.empty(shape, dtype=x.dtype if len(shape) == 2 else torch.float32, device=x.device)
+    if launch is not None:
+        launch(x, weight, bias, out)
+    return out
+
+
+@lru_cache(NUM_PLANS)
+def _plan(
+    device: int, x: Signature, weight: Signature, bias: Signature | None, config: FewConfig, gated: bool
+) -> tuple[Launch | None, tuple[int, ...]]:
+    """And the shape of the result. None where there is nothing to compute."""
+    del device
+    num_rows, in_size = x[0]
+    if gated and (weight[0][0] % 2 or config.splits != 1):
+        raise ValueError(f"takes an even number of outputs and no splits, got {tuple(weight[0])}, {config.splits}")
+    out_size = weight[0][0] // 2 if gated else weight[0][0]
+    if weight[0][1] != in_size or not is_packed(*weight[:2]) or x[1][1] != 1 or x[2] != weight[2]:
+        raise ValueError(f"x {tuple(x[0])} and weight {tuple(weight[0])} do not fit")
     if num_rows > MAX_ROWS:
         raise ValueError(f"{num_rows} rows are not few")
     if in_size % (config.splits * config.block_in):
         raise ValueError(f"{in_size} columns are no multiple of {config.splits} splits of {config.block_in}")
-    if config.splits == 1:
-        out = torch.empty((num_rows, out_size), dtype=x.dtype, device=x.device)
-    else:
-        out = torch.empty((config.splits, num_rows, out_size), dtype=torch.float32, device=x.device)
+    shape = (num_rows, out_size) if config.splits == 1 else (config.splits, num_rows, out_size)
     if num_rows == 0:
-        return out
-    few_linear_kernel[(triton.cdiv(out_size, config.block_out), config.splits)](
-        x,
-        weight,
-        bias,
-        out,
-        num_rows,
-        x.stride(0),
-        out_size,
-        IN_SIZE=in_size,
-        SPLIT_SIZE=in_size // config.splits,
-        HAS_BIAS=bias is not None,
-        GATED=gated,
-        ROWS=max(_MIN_ROWS, triton.next_power_of_2(num_rows)),
-        BLOCK_OUT=config.block_out,
-        BLOCK_IN=config.block_in,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-    )
-    return out
+        return None, shape
+    constants = {
+        "IN_SIZE": in_size,
+        "SPLIT_SIZE": in_size // config.splits,
+        "HAS_BIAS": bias is not None,
+        "GATED": gated,
+        "ROWS": max(_MIN_ROWS, next_power_of_2(num_rows)),
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_IN": config.block_in,
+        "STAGES": config.num_stages,
+    }
+    grid = (cdiv(out_size, config.block_out), config.splits)
+    numbers = (num_rows, x[1][0], out_size)
+    return Launch(few_linear_kernel, grid, numbers, constants, num_warps=config.num_warps), shape

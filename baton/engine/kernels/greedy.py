@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from baton.engine.kernels.launch import cdiv, next_power_of_2
+
 _TILE = 2048
 _TILES_PER_PROGRAM = 2
 
@@ -60,7 +62,7 @@ def greedy_tokens(logits: torch.Tensor, out: torch.Tensor) -> None:
         raise ValueError(f"logits need contiguous rows, out must be int64 [{num_rows}], got {out.dtype} {out.shape}")
     if num_rows == 0:
         return
-    parts = triton.cdiv(vocab_size, _TILE * _TILES_PER_PROGRAM)
+    parts = cdiv(vocab_size, _TILE * _TILES_PER_PROGRAM)
     maxima = torch.empty((num_rows, parts), dtype=torch.float32, device=logits.device)
     best_token = torch.empty((num_rows, parts), dtype=torch.int32, device=logits.device)
     greedy_parts_kernel[(num_rows, parts)](
@@ -74,5 +76,5 @@ def greedy_tokens(logits: torch.Tensor, out: torch.Tensor) -> None:
         num_warps=4,
     )
     greedy_winner_kernel[(num_rows,)](
-        maxima, best_token, out, NUM_PARTS=parts, PARTS_PAD=triton.next_power_of_2(parts), num_warps=1
+        maxima, best_token, out, NUM_PARTS=parts, PARTS_PAD=next_power_of_2(parts), num_warps=1
     )

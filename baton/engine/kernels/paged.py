@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from baton.engine.kernels.launch import Signature, is_packed
+
 
 @triton.jit
 def _block_ids(table_ptr, start, last_entry, n, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -137,18 +139,28 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def check_cache(q: torch.Tensor, layer_kv: torch.Tensor) -> None:
+def check_cache(q: Signature, layer_kv: Signature) -> None:
     """Raise ValueError unless `q` and `layer_kv` have the layout that the attention kernels address."""
-    if layer_kv.dim() != 5 or layer_kv.shape[0] != 2:
-        raise ValueError(f"layer_kv must be [2, num_blocks, block_size, num_kv_heads, head_dim], got {layer_kv.shape}")
-    _, _, block_size, num_kv_heads, head_dim = layer_kv.shape
-    if not layer_kv[0].is_contiguous():
+    (shape, strides, dtype, _), (kv_shape, kv_strides, kv_dtype, _) = q, layer_kv
+    if len(kv_shape) != 5 or kv_shape[0] != 2:
+        message = f"layer_kv must be [2, num_blocks, block_size, num_kv_heads, head_dim], got {tuple(kv_shape)}"
+        raise ValueError(message)
+    _, _, block_size, num_kv_heads, head_dim = kv_shape
+    if not is_packed(kv_shape[1:], kv_strides[1:]):
         raise ValueError("K and V of a layer must each be contiguous")
     if block_size not in (16, 32, 64, 128):
         raise ValueError(f"block_size must be 16, 32, 64 or 128, got {block_size}")
-    if q.dim() != 3 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
-        raise ValueError(f"q {tuple(q.shape)} does not fit a cache with {num_kv_heads} KV heads of {head_dim}")
-    if q.stride(2) != 1:
+    if len(shape) != 3 or shape[2] != head_dim or shape[1] % num_kv_heads:
+        raise ValueError(f"q {tuple(shape)} does not fit a cache with {num_kv_heads} KV heads of {head_dim}")
+    if strides[2] != 1:
         raise ValueError("the last dimension of q must be contiguous")
-    if q.dtype != layer_kv.dtype:
-        raise ValueError(f"q is {q.dtype}, the cache is {layer_kv.dtype}")
+    if dtype != kv_dtype:
+        raise ValueError(f"q is {dtype}, the cache is {kv_dtype}")
+
+
+def check_output(q: Signature, out: Signature, scale: float) -> None:
+    """Raise ValueError unless attention of `q` can be written to `out`."""
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if out[0] != q[0] or not is_packed(*out[:2]):
+        raise ValueError("out must be contiguous and have the shape of q")

@@ -9,12 +9,14 @@ there.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from baton.engine.kernels.paged import attend_range, check_cache, dot_precision
+from baton.engine.kernels.launch import NUM_PLANS, Launch, Signature, cdiv, next_power_of_2, signature
+from baton.engine.kernels.paged import attend_range, check_cache, check_output, dot_precision
 from baton.engine.kernels.tuning import PrefillConfig
 
 
@@ -134,47 +136,72 @@ def prefill_attention(
     0, is one of all their new tokens together: the grid then depends on nothing else, so that in a CUDA graph the
     lengths may change, to none at all. Raises ValueError.
     """
+    launch = _plan(
+        q.get_device(),
+        signature(q),
+        signature(layer_kv),
+        signature(out),
+        signature(cu_seqlens_q),
+        signature(context_lens),
+        signature(block_tables),
+        first_seq,
+        max_seqlen_q,
+        scale,
+        config,
+        max_new_tokens,
+    )
+    if launch is not None:
+        launch(q, layer_kv, out, cu_seqlens_q, context_lens, block_tables)
+
+
+@lru_cache(NUM_PLANS)
+def _plan(
+    device: int,
+    q: Signature,
+    layer_kv: Signature,
+    out: Signature,
+    cu_seqlens_q: Signature,
+    context_lens: Signature,
+    block_tables: Signature,
+    first_seq: int,
+    max_seqlen_q: int,
+    scale: float,
+    config: PrefillConfig,
+    max_new_tokens: int,
+) -> Launch | None:
+    """None where there is nothing to compute."""
+    del device, cu_seqlens_q
     check_cache(q, layer_kv)
-    _, _, block_size, num_kv_heads, head_dim = layer_kv.shape
-    num_seqs = context_lens.shape[0] - first_seq
-    group = q.shape[1] // num_kv_heads
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if out.shape != q.shape or not out.is_contiguous():
-        raise ValueError("out must be contiguous and have the shape of q")
+    check_output(q, out, scale)
+    _, _, block_size, num_kv_heads, head_dim = layer_kv[0]
+    num_seqs = context_lens[0][0] - first_seq
+    group = q[0][1] // num_kv_heads
     if num_seqs <= 0 or max_seqlen_q <= 0:
-        return
-    block_m = max(config.block_m, triton.next_power_of_2(group))  # at least one token
+        return None
+    block_m = max(config.block_m, next_power_of_2(group))  # at least one token
     tokens = block_m // group
     if max_new_tokens:
-        grid = (triton.cdiv(max_new_tokens, tokens) + num_seqs, num_kv_heads, 1)
+        grid = (cdiv(max_new_tokens, tokens) + num_seqs, num_kv_heads, 1)
     else:
-        grid = (triton.cdiv(max_seqlen_q, tokens), num_kv_heads, num_seqs)
-    prefill_attention_kernel[grid](
-        q,
-        layer_kv,
-        out,
-        cu_seqlens_q,
-        context_lens,
-        block_tables,
+        grid = (cdiv(max_seqlen_q, tokens), num_kv_heads, num_seqs)
+    numbers = (
         scale * math.log2(math.e),
         first_seq,
         num_seqs,
-        q.stride(0),
-        q.stride(1),
-        out.stride(0),
-        layer_kv.stride(0),
-        layer_kv.stride(1),
-        layer_kv.stride(2),
-        block_tables.stride(0),
-        NUM_SEQS_PAD=triton.next_power_of_2(num_seqs) if max_new_tokens else 0,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PAD=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_SIZE=block_size,
-        BLOCK_M=block_m,
-        BLOCK_N=config.block_n,
-        PRECISION=dot_precision(q.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        *q[1][:2],
+        out[1][0],
+        *layer_kv[1][:3],
+        block_tables[1][0],
     )
+    constants = {
+        "NUM_SEQS_PAD": next_power_of_2(num_seqs) if max_new_tokens else 0,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_PAD": max(16, next_power_of_2(head_dim)),
+        "BLOCK_SIZE": block_size,
+        "BLOCK_M": block_m,
+        "BLOCK_N": config.block_n,
+        "PRECISION": dot_precision(q[2]),
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return Launch(prefill_attention_kernel, grid, numbers, constants, **options)

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
+
+from baton.engine.kernels.launch import NUM_PLANS, Launch, Signature, next_power_of_2, signature
 
 
 @triton.jit
@@ -48,31 +52,35 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     x may also be [splits, num_rows, size] and stand for the sum of its parts. Returns a new tensor of weight's dtype.
     Raises ValueError.
     """
-    num_rows, size = x.shape[-2:]
-    if x.dim() not in (2, 3) or x.stride(-1) != 1 or weight.shape != (size,) or not weight.is_contiguous():
-        raise ValueError(f"x must be [num_rows, size] and weight [size], got {tuple(x.shape)}, {tuple(weight.shape)}")
-    if residual is not None and (residual.shape != x.shape[-2:] or residual.stride(1) != 1):
-        raise ValueError("residual must have the shape of x")
-    if x.dtype != weight.dtype and (x.dim() == 2 or x.dtype != torch.float32):
-        raise ValueError(f"weight is {weight.dtype}, the dtype of the result; x is {x.dtype}")
-    out = torch.empty((num_rows, size), dtype=weight.dtype, device=x.device)
-    if num_rows == 0:
-        return out
-    size_pad = triton.next_power_of_2(size)
-    rms_norm_kernel[(num_rows,)](
-        x,
-        residual,
-        weight,
-        out,
-        x.stride(-2),
-        x.stride(0),
-        residual.stride(0) if residual is not None else 0,
-        out.stride(0),
-        eps,
-        SIZE=size,
-        SIZE_PAD=size_pad,
-        HAS_RESIDUAL=residual is not None,
-        SPLITS=x.shape[0] if x.dim() == 3 else 1,
-        num_warps=min(max(size_pad // 512, 1), 16),
-    )
+    with_residual = None if residual is None else signature(residual)
+    launch = _plan(x.get_device(), signature(x), signature(weight), with_residual, eps)
+    out = torch.empty(x.shape[-2:], dtype=weight.dtype, device=x.device)
+    if launch is not None:
+        launch(x, residual, weight, out)
     return out
+
+
+@lru_cache(NUM_PLANS)
+def _plan(device: int, x: Signature, weight: Signature, residual: Signature | None, eps: float) -> Launch | None:
+    """None where there is nothing to compute."""
+    del device
+    (shape, strides, dtype, _), size = x, x[0][-1]
+    if len(shape) not in (2, 3) or strides[-1] != 1 or weight[:2] != ((size,), (1,)):
+        raise ValueError(f"x must be [num_rows, size] and weight [size], got {tuple(shape)}, {tuple(weight[0])}")
+    if residual is not None and (residual[0] != shape[-2:] or residual[1][1] != 1):
+        raise ValueError("residual must have the shape of x")
+    if dtype != weight[2] and (len(shape) == 2 or dtype != torch.float32):
+        raise ValueError(f"weight is {weight[2]}, the dtype of the result; x is {dtype}")
+    num_rows = shape[-2]
+    if num_rows == 0:
+        return None
+    size_pad = next_power_of_2(size)
+    constants = {
+        "SIZE": size,
+        "SIZE_PAD": size_pad,
+        "HAS_RESIDUAL": residual is not None,
+        "SPLITS": shape[0] if len(shape) == 3 else 1,
+    }
+    stride_residual = residual[1][0] if residual is not None else 0
+    numbers = (strides[-2], strides[0], stride_residual, size, eps)
+    return Launch(rms_norm_kernel, (num_rows,), numbers, constants, num_warps=min(max(size_pad // 512, 1), 16))

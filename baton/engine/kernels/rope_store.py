@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
+
+from baton.engine.kernels.launch import NUM_PLANS, Launch, Signature, cdiv, is_packed, next_power_of_2, signature
 
 _HEADS_PER_PROGRAM = 16
 
@@ -84,56 +88,70 @@ def rope_and_store(
     slot_mapping: torch.Tensor,
 ) -> None:
     """See `AttentionBackend.rope_and_store`. Legal in a CUDA graph. Raises ValueError."""
-    _check(q, k, v, positions, cos_sin, layer_kv, slot_mapping)
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
-    if num_tokens == 0:
-        return
-    block_h = min(_HEADS_PER_PROGRAM, triton.next_power_of_2(max(num_heads, num_kv_heads)))
-    grid = (num_tokens, triton.cdiv(num_heads, block_h) + triton.cdiv(num_kv_heads, block_h))
-    rope_store_kernel[grid](
-        q,
-        k,
-        v,
-        positions,
-        cos_sin,
-        layer_kv,
-        slot_mapping,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        layer_kv.stride(0),
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        HALF_PAD=triton.next_power_of_2(head_dim // 2),
-        BLOCK_H=block_h,
-        num_warps=4,
+    launch = _plan(
+        q.get_device(),
+        signature(q),
+        signature(k),
+        signature(v),
+        signature(positions),
+        signature(cos_sin),
+        signature(layer_kv),
+        signature(slot_mapping),
     )
+    if launch is not None:
+        launch(q, k, v, positions, cos_sin, layer_kv, slot_mapping)
+
+
+@lru_cache(NUM_PLANS)
+def _plan(
+    device: int,
+    q: Signature,
+    k: Signature,
+    v: Signature,
+    positions: Signature,
+    cos_sin: Signature,
+    layer_kv: Signature,
+    slot_mapping: Signature,
+) -> Launch | None:
+    """None where there is nothing to compute."""
+    del device
+    _check(q, k, v, positions, cos_sin, layer_kv, slot_mapping)
+    num_tokens, num_heads, head_dim = q[0]
+    num_kv_heads = k[0][1]
+    if num_tokens == 0:
+        return None
+    block_h = min(_HEADS_PER_PROGRAM, next_power_of_2(max(num_heads, num_kv_heads)))
+    grid = (num_tokens, cdiv(num_heads, block_h) + cdiv(num_kv_heads, block_h))
+    numbers = (*q[1][:2], *k[1][:2], *v[1][:2], layer_kv[1][0])
+    constants = {
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "HALF_PAD": next_power_of_2(head_dim // 2),
+        "BLOCK_H": block_h,
+    }
+    return Launch(rope_store_kernel, grid, numbers, constants, num_warps=4)
 
 
 def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    layer_kv: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    q: Signature,
+    k: Signature,
+    v: Signature,
+    positions: Signature,
+    cos_sin: Signature,
+    layer_kv: Signature,
+    slot_mapping: Signature,
 ) -> None:
-    num_tokens, _, head_dim = q.shape
-    if k.shape != v.shape or k.shape[0] != num_tokens or k.shape[2] != head_dim or head_dim % 2:
-        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if layer_kv.shape[0] != 2 or layer_kv.shape[3:] != k.shape[1:] or not layer_kv[0].is_contiguous():
-        raise ValueError(f"layer_kv {tuple(layer_kv.shape)} does not fit k {tuple(k.shape)}")
-    if not q.dtype == k.dtype == v.dtype == layer_kv.dtype:
+    num_tokens, _, head_dim = q[0]
+    if k[0] != v[0] or k[0][0] != num_tokens or k[0][2] != head_dim or head_dim % 2:
+        raise ValueError(f"shapes do not fit: q {tuple(q[0])}, k {tuple(k[0])}, v {tuple(v[0])}")
+    if layer_kv[0][0] != 2 or layer_kv[0][3:] != k[0][1:] or not is_packed(layer_kv[0][1:], layer_kv[1][1:]):
+        raise ValueError(f"layer_kv {tuple(layer_kv[0])} does not fit k {tuple(k[0])}")
+    if not q[2] == k[2] == v[2] == layer_kv[2]:
         raise ValueError("q, k, v and the cache must have one dtype")
-    if cos_sin.dtype != torch.float32 or cos_sin.shape[1] != head_dim or not cos_sin.is_contiguous():
+    if cos_sin[2] != torch.float32 or cos_sin[0][1] != head_dim or not is_packed(*cos_sin[:2]):
         raise ValueError(f"cos_sin must be contiguous float32 [max_positions, {head_dim}]")
-    if positions.shape != (num_tokens,) or slot_mapping.shape != (num_tokens,) or slot_mapping.dtype != torch.int64:
+    if positions[0] != (num_tokens,) or slot_mapping[0] != (num_tokens,) or slot_mapping[2] != torch.int64:
         raise ValueError(f"positions and slot_mapping (int64) must have {num_tokens} entries")
-    if any(x.stride(2) != 1 for x in (q, k, v)):
+    if any(x[1][2] != 1 for x in (q, k, v)):
         raise ValueError("the last dimension of q, k and v must be contiguous")

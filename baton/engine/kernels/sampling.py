@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from baton.engine.kernels.launch import cdiv, next_power_of_2
 from baton.engine.kernels.sampling_limits import limits_kernel, load_distances, load_row_max, load_temperature
 
 _TILE = 1024
@@ -145,8 +146,8 @@ def sample(
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_rows == 0:
         return tokens
-    parts = triton.cdiv(vocab_size, _TILE * _TILES_PER_PROGRAM)
-    parts_pad = triton.next_power_of_2(parts)
+    parts = cdiv(vocab_size, _TILE * _TILES_PER_PROGRAM)
+    parts_pad = next_power_of_2(parts)
     maxima = torch.empty((num_rows, parts), dtype=torch.float32, device=device)
     best_value = torch.empty((num_rows, parts), dtype=torch.float64, device=device)
     best_token = torch.empty((num_rows, parts), dtype=torch.int32, device=device)

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
+
+from baton.engine.kernels.launch import NUM_PLANS, Launch, Signature, cdiv, next_power_of_2, signature
 
 _BLOCK = 1024
 
@@ -25,14 +29,23 @@ def silu_mul_kernel(gate_up_ptr, out_ptr, stride_in, stride_out, SIZE: tl.conste
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[num_rows, 2 * size], gate first, to a new [num_rows, size]. Raises ValueError."""
-    if gate_up.dim() != 2 or gate_up.stride(1) != 1 or gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up must be [num_rows, 2 * size] with contiguous rows, got {tuple(gate_up.shape)}")
-    num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device)
-    if num_rows == 0:
-        return out
-    block = min(_BLOCK, triton.next_power_of_2(size))
-    silu_mul_kernel[(num_rows, triton.cdiv(size, block))](
-        gate_up, out, gate_up.stride(0), out.stride(0), SIZE=size, BLOCK=block, num_warps=4
-    )
+    launch = _plan(gate_up.get_device(), signature(gate_up))
+    out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=gate_up.dtype, device=gate_up.device)
+    if launch is not None:
+        launch(gate_up, out)
     return out
+
+
+@lru_cache(NUM_PLANS)
+def _plan(device: int, gate_up: Signature) -> Launch | None:
+    """None where there is nothing to compute."""
+    del device
+    shape, strides, _, _ = gate_up
+    if len(shape) != 2 or strides[1] != 1 or shape[1] % 2:
+        raise ValueError(f"gate_up must be [num_rows, 2 * size] with contiguous rows, got {tuple(shape)}")
+    num_rows, size = shape[0], shape[1] // 2
+    if num_rows == 0:
+        return None
+    block = min(_BLOCK, next_power_of_2(size))
+    grid = (num_rows, cdiv(size, block))
+    return Launch(silu_mul_kernel, grid, (strides[0], size), {"SIZE": size, "BLOCK": block}, num_warps=4)

@@ -6,10 +6,13 @@ The weight's rows are spread over many small programs, each of which walks along
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
+from baton.engine.kernels.launch import NUM_PLANS, Launch, Signature, cdiv, is_packed, signature
 from baton.engine.kernels.tuning import ThinConfig
 
 
@@ -67,37 +70,39 @@ def thin_gated_linear(x: torch.Tensor, weight: torch.Tensor, config: ThinConfig)
 
     Rounds as the product and then `silu_mul` do. Legal in a CUDA graph. Raises ValueError.
     """
-    if weight.shape[0] % 2:
-        raise ValueError(f"takes an even number of outputs, got {tuple(weight.shape)}")
     return _product(x, weight, None, config, gated=True)
 
 
 def _product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: ThinConfig, *, gated: bool
 ) -> torch.Tensor:
-    in_size = x.shape[1]
+    with_bias = None if bias is None else signature(bias)
+    launch = _plan(x.get_device(), signature(x), signature(weight), with_bias, config, gated)
     out_size = weight.shape[0] // 2 if gated else weight.shape[0]
-    if (
-        x.shape[0] != 1
-        or weight.shape[1] != in_size
-        or not weight.is_contiguous()
-        or x.stride(1) != 1
-        or x.dtype != weight.dtype
-    ):
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
     out = torch.empty((1, out_size), dtype=x.dtype, device=x.device)
-    thin_linear_kernel[(triton.cdiv(out_size, config.block_out),)](
-        x,
-        weight,
-        bias,
-        out,
-        out_size,
-        IN_SIZE=in_size,
-        HAS_BIAS=bias is not None,
-        GATED=gated,
-        BLOCK_OUT=config.block_out,
-        BLOCK_IN=config.block_in,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-    )
+    launch(x, weight, bias, out)
     return out
+
+
+@lru_cache(NUM_PLANS)
+def _plan(
+    device: int, x: Signature, weight: Signature, bias: Signature | None, config: ThinConfig, gated: bool
+) -> Launch:
+    del device
+    if gated and weight[0][0] % 2:
+        raise ValueError(f"takes an even number of outputs, got {tuple(weight[0])}")
+    num_rows, in_size = x[0]
+    out_size = weight[0][0] // 2 if gated else weight[0][0]
+    fits = num_rows == 1 and weight[0][1] == in_size and x[1][1] == 1 and x[2] == weight[2]
+    if not fits or not is_packed(*weight[:2]):
+        raise ValueError(f"x {tuple(x[0])} and weight {tuple(weight[0])} do not fit")
+    constants = {
+        "IN_SIZE": in_size,
+        "HAS_BIAS": bias is not None,
+        "GATED": gated,
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_IN": config.block_in,
+        "STAGES": config.num_stages,
+    }
+    grid = (cdiv(out_size, config.block_out),)
+    return Launch(thin_linear_kernel, grid, (out_size,), constants, num_warps=config.num_warps)

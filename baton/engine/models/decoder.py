@@ -42,10 +42,9 @@ class Attention:
         backend: AttentionBackend,
     ) -> torch.Tensor:
         c = self.config
-        q, k, v = torch.split(self.qkv(x), [c.q_size, c.kv_size, c.kv_size], dim=-1)
-        q = q.view(-1, c.num_heads, c.head_dim)  # [num_tokens, num_heads, head_dim]
-        k = k.view(-1, c.num_kv_heads, c.head_dim)  # [num_tokens, num_kv_heads, head_dim]
-        v = v.view(-1, c.num_kv_heads, c.head_dim)
+        heads = self.qkv(x).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        # [num_tokens, num_heads, head_dim], [num_tokens, num_kv_heads, head_dim] twice
+        q, k, v = heads.split_with_sizes([c.num_heads, c.num_kv_heads, c.num_kv_heads], 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, c.rms_norm_eps), rms_norm(k, self.k_norm, c.rms_norm_eps)
         backend.rope_and_store(q, k, v, positions, cos_sin, layer_kv, meta)
