@@ -48,7 +48,7 @@ async def _demo(config: BatonConfig) -> None:
             console.print(_timeline_table(records))
             for record in records:
                 console.print(f"{record['id']}: {record['path']}, {record['reason']}", markup=False, highlight=False)
-    console.print("stopped; no process is left")
+    console.print("stopped")
 
 
 async def _over_http(console: Console, http: httpx.AsyncClient, config: BatonConfig, prompt: str) -> str:
