@@ -15,7 +15,7 @@ from router.chat_request import UnsupportedChatFields
 from router.chat_templates import ChatTemplates
 from tests.support.fake_worker import FakeWorker, answer
 from tests.unit.router.conftest import EOS_ID, MODEL, Served, serving
-from tests.unit.router.test_logprobs import known, speaker
+from tests.unit.router.reports import known, speaker
 
 TEMPLATES = ChatTemplates(
     {
