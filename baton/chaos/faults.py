@@ -116,24 +116,23 @@ class FaultSeries:
     async def _kill(self, victim: tuple[Worker, int], name: str) -> None:
         worker, pid = victim
         async with self._injected(name, gone=worker):
-            os.kill(pid, signal.SIGKILL)
+            _signal(pid, signal.SIGKILL)
 
     async def _pause(self, victim: tuple[Worker, int], name: str, for_s: float) -> None:
         _, pid = victim
         async with self._injected(name):
-            os.kill(pid, signal.SIGSTOP)
+            _signal(pid, signal.SIGSTOP)
             try:
                 await asyncio.sleep(for_s)
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
+                _signal(pid, signal.SIGCONT)
 
     def _kill_process(self, name: str) -> None:
         pids = [pid for pid in self.cluster.processes() if name in processes.title(pid)]
         if not pids:
             raise BatonError(f"no process {name} belongs to this cluster")
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            _signal(pid, signal.SIGKILL)
 
     async def _disconnect_many(self, count: int) -> None:
         async with asyncio.TaskGroup() as clients:
@@ -152,3 +151,9 @@ class FaultSeries:
                     seen += 1
                     if num_chunks and seen >= num_chunks:
                         return
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    """A process that has ended by itself meanwhile needs none."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from baton.common.config import FaultSettings
 from baton.common.errors import ConfigError
+from baton.common.yaml_file import read_yaml
 
 WorkerRole = Literal["any", "prefill", "decode"]
 Range = tuple[int, int]
@@ -134,13 +134,7 @@ class ChaosPlan(_Section):
 
 def load_plan(file: Path) -> ChaosPlan:
     """Raises ConfigError naming the first wrong key."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("plan", f"cannot read {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("plan", f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
-    return checked_plan(content)
+    return checked_plan(read_yaml(file, "plan"))
 
 
 def checked_plan(content: object) -> ChaosPlan:

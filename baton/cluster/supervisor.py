@@ -63,6 +63,7 @@ class Supervisor:
         self._controller = self._create_controller(workers)
         await self._follow_until(self._all_started)
         self._follower = asyncio.create_task(self._follow_until(lambda _: False), name="follow-membership")
+        self._follower.add_done_callback(_report_defect)
 
     async def drain(self) -> None:
         """Let the workers finish what they have, at most `cluster.drain_timeout_s`."""
@@ -180,6 +181,12 @@ class Supervisor:
         for name, reason in membership.errors.items():
             raise BatonError(f"worker {name} did not start: {reason}")
         return len(membership.members) == len(self._actors)
+
+
+def _report_defect(follower: asyncio.Task[None]) -> None:
+    """Without its follower the router keeps the workers that it knows: better than to end, but somebody must know."""
+    if not follower.cancelled() and (defect := follower.exception()) is not None:
+        log.error("the membership is no longer followed", exc_info=defect)
 
 
 def _kill(actors: Iterable[ActorHandle[Any]], group: PlacementGroup | None) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baton.common.errors import ConfigError
+from baton.common.yaml_file import read_yaml
 
 Device = Literal["auto", "cuda", "cpu"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
@@ -181,7 +181,7 @@ def load_config(file: Path | None, overrides: dict[str, object]) -> BatonConfig:
 
     Raises ConfigError naming the first wrong key.
     """
-    values = _read_yaml(file) if file is not None else {}
+    values = _read_values(file) if file is not None else {}
     for dotted, value in overrides.items():
         _set(values, dotted, value)
     try:
@@ -191,13 +191,8 @@ def load_config(file: Path | None, overrides: dict[str, object]) -> BatonConfig:
         raise ConfigError(".".join(str(part) for part in first["loc"]) or "config", first["msg"]) from None
 
 
-def _read_yaml(file: Path) -> dict[str, object]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("config", f"cannot read {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("config", f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
+def _read_values(file: Path) -> dict[str, object]:
+    content = read_yaml(file, "config")
     if content is None:
         return {}
     if not isinstance(content, dict):
