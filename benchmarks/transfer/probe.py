@@ -55,7 +55,7 @@ class Probe:
         self._settings, self._max_ctas = settings, max_ctas
         self._backend = resolve_backend(settings.transfer.backend, self._device)
         self._log = WorkerLog(DeviceClock(self._device))
-        self._since = 0.0
+        self._since, self._cpu = 0.0, (0.0, 0.0)
         self._shell = WorkerShell(settings, self._role, self._host, self._build, [self._half])
         await self._shell.start()
         self._server: StoreServer | None = None
@@ -102,15 +102,20 @@ class Probe:
         await asyncio.to_thread(self._log.clock.set)
 
     async def log(self) -> dict[str, Any]:
-        """What was noted since the last `reset` or `clear_log`, and the chunks of the latest hand-overs."""
+        """What was noted since the last `reset` or `clear_log`, and the chunks of the latest hand-overs.
+
+        `cpu`: processor seconds since then, of the asyncio thread and of the process.
+        """
+        cpu = [now - before for now, before in zip(_cpu_seconds(), self._cpu, strict=True)]
         noted = await asyncio.to_thread(self._log.as_json)
+        noted["cpu"] = {"loop": cpu[0], "process": cpu[1]}
         if self._timeline is not None:
             noted["chunks"] = [asdict(chunk) for chunk in self._timeline.chunks() if chunk.announced_at > self._since]
         return noted
 
     async def clear_log(self) -> None:
         self._log.clear()
-        self._since = time.monotonic()
+        self._since, self._cpu = time.monotonic(), _cpu_seconds()
 
     async def memory(self) -> int:
         """Free bytes of the GPU; 0 without one."""
@@ -202,6 +207,10 @@ class Probe:
 
     async def stop(self) -> None:
         await self._shell.stop()
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    return time.thread_time(), time.process_time()
 
 
 async def answer(probe: Probe, line: str) -> dict[str, Any]:

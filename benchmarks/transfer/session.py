@@ -143,11 +143,20 @@ class Session:
         return name
 
     async def measured(self, sender: str, specs: Sequence[pb.RequestSpec]) -> tuple[list[HandOver], dict[str, Any]]:
-        """Hand-overs one after the other, and decode's log of them. The sender must be idle."""
+        """Hand-overs one after the other, and decode's log of them. The sender must be idle.
+
+        `cpu_us` in the log: of each end's asyncio thread and of its process, per chunk.
+        """
         await self.children[sender].ask("reset")
         await self.children["decode"].ask("clear_log")
         names = [await self.hand_over(sender, spec) for spec in specs]
         sent, taken = await asyncio.gather(self.children[sender].ask("log"), self.children["decode"].ask("log"))
+        count = max(1, len(taken["chunks"]))
+        taken["cpu_us"] = {
+            f"{end} {part}": round(1e6 * seconds / count, 1)
+            for end, log in (("prefill", sent), ("decode", taken))
+            for part, seconds in log["cpu"].items()
+        }
         return [hand_over(sent["requests"][name], taken["requests"][name]) for name in names], taken
 
     @contextlib.asynccontextmanager
