@@ -1,12 +1,14 @@
 """The measurements behind the tuning table: variants of kernels at the shapes of Llama-3.1-8B.
 
 `python -m benchmarks.tune --out tune.json` on a GPU. A variant that does not run is recorded with its reason.
+`--best tune.json` instead prints the flags of `baton bench engine` that try what was fastest for a few rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, product
@@ -19,6 +21,7 @@ from torch.nn.functional import linear
 from baton.engine.kernels.decode_attention import decode_attention
 from baton.engine.kernels.few_linear import few_gated_linear, few_linear
 from baton.engine.kernels.prefill_attention import prefill_attention
+from baton.engine.kernels.rope_store import rope_and_store, rope_parts_and_store
 from baton.engine.kernels.thin_linear import thin_linear
 from baton.engine.kernels.tuning import DecodeConfig, FewConfig, PrefillConfig, ThinConfig, Tuning
 from benchmarks.gpu_timing import environment, require_gpu, seconds_per_call
@@ -32,36 +35,52 @@ THIN = [(16, 256, 4, 4), (8, 512, 4, 4), (8, 256, 4, 5), (8, 1024, 4, 3), (4, 10
 # Rows of x; block_out, block_in, num_warps, num_stages by splits.
 FEW_ROWS = (8, 32, 64)
 FEW = [(64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (64, 64, 4, 5), (128, 64, 8, 5), (128, 128, 8, 4)]
+QKV_SPLITS = (1, 2, 4)
 FEW_SPLITS = {"qkv": (1, 2), "out": (1, 2, 4), "gate_up": (1,), "down": (2, 4, 7), "lm_head": (1,)}
+# What the tuning table calls a weight's product. Not qkv alone: only with what follows can its splits be compared.
+KIND_OF = {"qkv and rope": "qkv", "out": "short", "gate_up": "gated", "down": "long", "lm_head": "wide"}
 DECODES = [(1, 2048), (1, 8192), (8, 2048), (64, 2048), (128, 4096)]
 # block_n, num_warps, num_stages, programs per SM, min_tiles
 DECODE = [(64, 4, 4, 2, 1), (64, 4, 5, 2, 1), (128, 4, 3, 2, 1), (64, 4, 4, 1, 1), (64, 4, 4, 3, 1), (64, 8, 4, 2, 1)]
 PREFILL = [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 4, 2), (256, 64, 8, 2)]
 
 
+Call = Callable[[], object]
+Kind = Callable[[torch.device], Iterator[tuple[str, list[Call]]]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--best", type=Path, metavar="RESULT")
     parser.add_argument("--commit")
-    parser.add_argument("--only", choices=sorted(KINDS), action="append", help="all by default")
+    parser.add_argument("--only", choices=sorted((*KINDS, "few", "qkv")), action="append", help="all by default")
     parser.add_argument("--min-seconds", type=float, default=0.05)
+    parser.add_argument("--rows", type=int, action="append", help="of x in products of a few rows")
     arguments = parser.parse_args()
+    if arguments.best is not None:
+        print(" ".join(best_flags(json.loads(arguments.best.read_text())["rows"])))
+        return
+    if arguments.out is None:
+        parser.error("--out or --best is needed")
     device = require_gpu("benchmarks.tune")
-    rows = []
-    for name, calls in chain.from_iterable(KINDS[kind](device) for kind in arguments.only or KINDS):
+    result: dict[str, Any] = {**environment(device, arguments.commit), "rows": (rows := [])}
+    few_rows = tuple(arguments.rows or FEW_ROWS)
+    kinds: dict[str, Kind] = {**KINDS, "few": partial(few, num_rows=few_rows), "qkv": partial(qkv, num_rows=few_rows)}
+    for name, calls in chain.from_iterable(kinds[kind](device) for kind in arguments.only or kinds):
         rows.append({"name": name, **measure(calls, arguments.min_seconds)})
         print(rows[-1], flush=True)
-    arguments.out.write_text(json.dumps({**environment(device, arguments.commit), "rows": rows}, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(calls: list[Callable[[], object]], min_seconds: float) -> dict[str, Any]:
+def measure(calls: list[Call], min_seconds: float) -> dict[str, Any]:
     try:
         return {"us": round(seconds_per_call(calls, min_seconds) * 1e6, 2)}
     except Exception as error:  # noqa: BLE001 (a variant that a compiler refuses in any way is a result)
         return {"failed": f"{type(error).__name__}: {str(error)[:120]}"}
 
 
-def thin(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+def thin(device: torch.device) -> Iterator[tuple[str, list[Call]]]:
     for (name, (out_size, in_size)), num_rows in product({**WEIGHTS, **LM_HEAD}.items(), THIN_ROWS):
         copies = max(2, 2**29 // (2 * out_size * in_size))
         weights = [torch.randn(out_size, in_size, dtype=torch.bfloat16, device=device) for _ in range(copies)]
@@ -74,25 +93,68 @@ def thin(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]
             )
 
 
-def few(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+def few(device: torch.device, num_rows: tuple[int, ...]) -> Iterator[tuple[str, list[Call]]]:
     """Gate-up with its activation, which cuBLAS's figure leaves out."""
-    for (name, (out_size, in_size)), num_rows in product({**WEIGHTS, **LM_HEAD}.items(), FEW_ROWS):
+    for (name, (out_size, in_size)), rows in product({**WEIGHTS, **LM_HEAD}.items(), num_rows):
         copies = max(2, 2**29 // (2 * out_size * in_size))
         weights = [torch.randn(out_size, in_size, dtype=torch.bfloat16, device=device) for _ in range(copies)]
-        x = torch.randn(num_rows, in_size, dtype=torch.bfloat16, device=device)
-        yield f"{name} rows {num_rows} cuBLAS", [partial(linear, x, w) for w in weights]
+        x = torch.randn(rows, in_size, dtype=torch.bfloat16, device=device)
+        yield f"{name} rows {rows} cuBLAS", [partial(linear, x, w) for w in weights]
         for tile, splits in product(FEW, FEW_SPLITS[name]):
             config = FewConfig(*tile, splits)
-            calls: list[Callable[[], object]] = [
+            calls: list[Call] = [
                 partial(few_gated_linear, x, w, config)
                 if name == "gate_up"
                 else partial(few_linear, x, w, None, config)
                 for w in weights
             ]
-            yield f"{name} rows {num_rows} {(*tile, splits)}", calls
+            yield f"{name} rows {rows} {(*tile, splits)}", calls
 
 
-def decode(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+def qkv(device: torch.device, num_rows: tuple[int, ...]) -> Iterator[tuple[str, list[Call]]]:
+    """The product with the rotary embedding behind it, which sums the splits."""
+    out_size, in_size = WEIGHTS["qkv"]
+    weights = [torch.randn(out_size, in_size, dtype=torch.bfloat16, device=device) for _ in range(2**29 // 2**25)]
+    table = torch.rand(4096, HEAD_DIM, device=device)
+    for rows in num_rows:
+        x = torch.randn(rows, in_size, dtype=torch.bfloat16, device=device)
+        cache = torch.zeros(2, rows, BLOCK, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
+        position = torch.arange(rows, device=device) * BLOCK
+        after = (position % 4096, table, cache, position)
+
+        def whole(weight: torch.Tensor, config: FewConfig | None, x=x, after=after) -> None:  # type: ignore[no-untyped-def]
+            fused = linear(x, weight) if config is None else few_linear(x, weight, None, config)
+            heads = fused.view(len(x), -1, HEAD_DIM)
+            rope_and_store(*heads.split_with_sizes([HEADS, KV_HEADS, KV_HEADS], 1), *after)
+
+        def in_parts(weight: torch.Tensor, config: FewConfig, x=x, after=after) -> None:  # type: ignore[no-untyped-def]
+            parts = few_linear(x, weight, None, config)
+            rope_parts_and_store(parts.view(config.splits, len(x), -1, HEAD_DIM), *after)
+
+        yield f"qkv and rope rows {rows} cuBLAS", [partial(whole, w, None) for w in weights]
+        for tile, splits in product(FEW, QKV_SPLITS):
+            config = FewConfig(*tile, splits)
+            call = whole if splits == 1 else in_parts
+            yield f"qkv and rope rows {rows} {(*tile, splits)}", [partial(call, w, config) for w in weights]
+
+
+def best_flags(rows: list[dict[str, Any]]) -> list[str]:
+    """For `baton bench engine`: the fastest variant for each weight and number of rows where it beats cuBLAS."""
+    best: dict[tuple[str, int], tuple[float, str]] = {}
+    for row in rows:
+        found = re.fullmatch(r"(\w+|qkv and rope) rows (\d+) (cuBLAS|\(.*\))", row["name"])
+        if found is None or found[1] not in KIND_OF or "us" not in row or found[2] == "1":
+            continue
+        key, variant = (KIND_OF[found[1]], int(found[2])), re.sub(r"[(),]", "", found[3])
+        best[key] = min(best.get(key, (float("inf"), "")), (row["us"], variant))
+    flags = []
+    for (kind, num_rows), (_, variant) in best.items():
+        padded = max(16, 1 << (num_rows - 1).bit_length())
+        flags += [] if variant == "cuBLAS" else [f"--few '{padded} {kind} {variant}'"]
+    return flags
+
+
+def decode(device: torch.device) -> Iterator[tuple[str, list[Call]]]:
     num_sms = Tuning.of(device).num_sms
     for batch, context in DECODES:
         per_seq = context // BLOCK
@@ -105,13 +167,13 @@ def decode(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object
         out = torch.empty_like(q)
         for block_n, warps, stages, per_sm, min_tiles in DECODE:
             config = DecodeConfig(block_n, warps, stages, num_sms * per_sm // KV_HEADS, min_tiles)
-            calls: list[Callable[[], object]] = [
+            calls: list[Call] = [
                 partial(decode_attention, q, kv, out, lens, tables, batch, SCALE, config) for kv in caches
             ]
             yield f"decode {batch} x {context} {(block_n, warps, stages, per_sm, min_tiles)}", calls
 
 
-def prefill(device: torch.device) -> Iterator[tuple[str, list[Callable[[], object]]]]:
+def prefill(device: torch.device) -> Iterator[tuple[str, list[Call]]]:
     for new in (2048, 8192):
         kv = torch.randn(2, new // BLOCK, BLOCK, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
         tables = torch.randperm(new // BLOCK, device=device).int().view(1, -1)
@@ -123,7 +185,7 @@ def prefill(device: torch.device) -> Iterator[tuple[str, list[Callable[[], objec
             yield f"prefill {new} {config}", [call]
 
 
-KINDS = {"thin": thin, "few": few, "decode": decode, "prefill": prefill}
+KINDS: dict[str, Kind] = {"thin": thin, "decode": decode, "prefill": prefill}
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from benchmarks.engine.drive import DrivenEngine
 from benchmarks.engine.floors import Ceilings, Floors
 from benchmarks.engine.session import PARTS, Row, Session
 from benchmarks.engine.shapes import SHAPES, write_shape
+from benchmarks.engine.tuning_rows import few_rows
 from benchmarks.gpu_timing import environment, measure_ceilings, require_gpu
 
 Flag = typer.Option
@@ -41,6 +42,7 @@ def bench_engine(
     overlap: Annotated[bool, Flag(help="Launch a step before the one before is read back.")] = True,
     decode_graphs: Annotated[bool, Flag(help="Run decode steps as CUDA graphs.")] = True,
     prefill_graph_tokens: Annotated[int, Flag(min=0, help="Run steps with prompts up to this size as graphs.")] = 0,
+    few: Annotated[list[str] | None, Flag(help="A row for the tuning table of products of a few rows.")] = None,
 ) -> None:
     """Step times and throughput of the engine alone, beside their floors, on one GPU."""
     parts = part or list(PARTS)
@@ -62,7 +64,8 @@ def bench_engine(
             "prefill_graph_tokens": prefill_graph_tokens,
         }
     )
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, few_rows(few or [], device):
+        # Graphs are captured here. Prompts, which are not, have more rows.
         model_dir = write_shape(shape, Path(directory))
         engine = DrivenEngine(config, model_dir, device)
         model_config = load_model_config(model_dir)
@@ -73,6 +76,7 @@ def bench_engine(
         **environment(device, commit),
         "shape": shape,
         "config": config.model_dump(),
+        "few": few or [],
         "ceilings": ceilings,
     }
     for row in Session(engine, floors, engine.max_tokens).rows(parts):

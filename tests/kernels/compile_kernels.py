@@ -106,7 +106,8 @@ def small_kernels(dtype: str) -> Iterator[Variant]:
     heads = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128}
     merge = {"NUM_HEADS": 32, "HEAD_DIM": 128, "HEAD_DIM_PAD": 128, "BLOCK_N": 64, "NUM_SEQS_PAD": 128, "TILE": 16}
     yield Variant(merge_splits_kernel, merge, dtype)
-    yield Variant(rope_store_kernel, {**heads, "HALF_PAD": 64, "BLOCK_H": 16}, dtype)
+    for splits in (1, 4):
+        yield Variant(rope_store_kernel, {**heads, "HALF_PAD": 64, "BLOCK_H": 16, "SPLITS": splits}, dtype)
     yield Variant(
         rms_norm_kernel,
         {"SIZE": 4096, "SIZE_PAD": 4096, "HAS_RESIDUAL": True, "SPLITS": 2},

@@ -18,7 +18,7 @@ from baton.engine.kernels.decode_attention import decode_attention
 from baton.engine.kernels.few_linear import few_gated_linear, few_linear
 from baton.engine.kernels.prefill_attention import prefill_attention
 from baton.engine.kernels.rms_norm import rms_norm
-from baton.engine.kernels.rope_store import rope_and_store
+from baton.engine.kernels.rope_store import rope_and_store, rope_parts_and_store
 from baton.engine.kernels.silu_mul import silu_mul
 from baton.engine.kernels.thin_linear import thin_gated_linear, thin_linear
 from baton.engine.kernels.tuning import DecodeConfig, FewConfig, PrefillConfig, ThinConfig
@@ -57,6 +57,7 @@ def calls() -> Iterator[Callable[[], object]]:
     q, k, v = heads[:, :4], heads[:, 4:6], heads[:, 6:]
     index = torch.zeros(3, dtype=torch.int64)
     yield partial(rope_and_store, q, k, v, index, torch.zeros(9, 32), kv, index)
+    yield partial(rope_parts_and_store, torch.zeros(2, 3, 8, 32), index, torch.zeros(9, 32), kv, index)
     attention = (q, kv, new(3, 4, 32))
     prefill = PrefillConfig(32, 16, 4, 2)
     for max_new_tokens in (0, 5):

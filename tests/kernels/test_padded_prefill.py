@@ -99,6 +99,9 @@ def test_every_token_has_one_tile(num_new: list[int], device: torch.device) -> N
     assert out[bounds[-1] :].isnan().all()
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="in the interpreter; a GPU captures such steps in tests of its own"
+)
 def test_a_model_through_the_kernels(tmp_path: Path) -> None:
     """Two prompts, one of which has a prefix, beside two that decode: the draws and logits of the step alone."""
     runner = make_harness(make_tiny_llama(tmp_path, seed=3, std=0.2), num_blocks=16).engine._runner

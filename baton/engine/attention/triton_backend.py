@@ -12,7 +12,7 @@ from baton.engine.attention.base import AttentionMetadata
 from baton.engine.attention.dense import DensePrefill
 from baton.engine.kernels.decode_attention import decode_attention
 from baton.engine.kernels.prefill_attention import prefill_attention
-from baton.engine.kernels.rope_store import rope_and_store
+from baton.engine.kernels.rope_store import rope_and_store, rope_parts_and_store
 from baton.engine.kernels.tuning import Tuning
 
 
@@ -34,6 +34,16 @@ class TritonBackend:
         meta: AttentionMetadata,
     ) -> None:
         rope_and_store(q, k, v, positions, cos_sin, layer_kv, meta.slot_mapping)
+
+    def rope_parts_and_store(
+        self,
+        parts: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        layer_kv: torch.Tensor,
+        meta: AttentionMetadata,
+    ) -> torch.Tensor:
+        return rope_parts_and_store(parts, positions, cos_sin, layer_kv, meta.slot_mapping)
 
     def uses_dense(self, q: torch.Tensor, meta: AttentionMetadata) -> bool:
         """Whether the prefill segments of such a step go to dense attention."""

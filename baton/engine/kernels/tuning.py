@@ -94,7 +94,8 @@ _THIN: Final = MappingProxyType({9: (ThinConfig(16, 256, 4, 4), ThinConfig(8, 51
 _THIN_GATED: Final = MappingProxyType({9: ThinConfig(8, 256, 4, 4)})
 _LONG_ROW: Final = 8192
 
-# Rows of x, padded, and what the weight is like, to how its product is computed where cuBLAS is slower.
+# Rows of x, padded, and what the weight is like, to how its product is computed where cuBLAS is slower. Rows for "qkv",
+# whose splits the rotary embedding sums, await a measurement (`python -m benchmarks.tune --only qkv`).
 _FEW: Final = MappingProxyType(
     {
         9: {
@@ -152,7 +153,10 @@ class Tuning:
         return _THIN_GATED.get(self.generation) if num_rows == 1 and dtype.itemsize == 2 else None
 
     def few(self, num_rows: int, weight: torch.Tensor, kind: str) -> FewConfig | None:
-        """For a product of more than one row. `kind`: "plain"; "parts", which may be split; "gated". None: cuBLAS."""
+        """For a product of more than one row. `kind`: "plain"; "parts" and "qkv", which may be split; "gated".
+
+        None: cuBLAS.
+        """
         out_size, in_size = weight.shape
         if weight.itemsize != 2 or not 1 < num_rows <= 64:
             return None
