@@ -18,6 +18,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
+from router.sampling_fields import MAX_CHOICES, MAX_TOKENS
 from tests.clients.conftest import MODEL
 from tests.support.serving import ServeProcess
 
@@ -88,6 +89,10 @@ def _make_likelier(body: object) -> None:
         return
     if isinstance(body.get("model"), str) and len(body["model"]) % 4 != 1:
         body["model"] = MODEL
-    for name, limit in (("max_tokens", 4), ("max_completion_tokens", 4), ("n", 3)):
-        if isinstance(body.get(name), int) and body[name] > limit:
+    for name, limit, largest in (
+        ("max_tokens", 4, MAX_TOKENS),
+        ("max_completion_tokens", 4, MAX_TOKENS),
+        ("n", 3, MAX_CHOICES),
+    ):
+        if isinstance(body.get(name), int) and limit < body[name] <= largest:  # what is forbidden stays so
             body[name] = limit
