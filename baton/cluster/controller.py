@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 
 from baton.cluster.layout import Role
 
@@ -34,11 +34,26 @@ class WorkerAddress:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """`version` grows with every change. `errors`: why a worker is not a member, by name."""
+    """`version` grows with every change. `errors`: why a worker is not a member, by name.
+
+    `given_up`: actor ids of those whose constructor failed, by name: Ray restarts a process that dies, but not these.
+    """
 
     version: int
     members: tuple[WorkerAddress, ...]
     errors: dict[str, str]
+    given_up: dict[str, str]
+
+
+def failed_to_construct(error: BaseException) -> bool:
+    """Whether Ray has given an actor up because its constructor raised."""
+    return isinstance(error, ActorDiedError) and bool(error.actor_init_failed)
+
+
+def cause_of(error: BaseException) -> str:
+    """One line for people. Of a constructor's error Ray's text ends with what was raised."""
+    lines = str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__]
+    return f"its actor could not be made: {lines[-1]}" if failed_to_construct(error) else lines[0]
 
 
 class ClusterController:
@@ -50,6 +65,7 @@ class ClusterController:
         self._config_json = config_json
         self._members: dict[str, WorkerAddress] = {}
         self._errors: dict[str, str] = {}
+        self._given_up: dict[str, str] = {}
         self._version = 0
         self._changed = asyncio.Event()
         self._keepers: list[asyncio.Task[None]] = []
@@ -68,7 +84,7 @@ class ClusterController:
                     await self._changed.wait()
         except TimeoutError:
             pass
-        return Membership(self._version, tuple(self._members.values()), dict(self._errors))
+        return Membership(self._version, tuple(self._members.values()), dict(self._errors), dict(self._given_up))
 
     async def close(self) -> None:
         """Stop keeping workers started."""
@@ -97,14 +113,18 @@ class ClusterController:
     async def _start(self, name: str, actor: Any) -> None:
         reply = await actor.start.remote(self._config_json)
         self._errors.pop(name, None)
+        self._given_up.pop(name, None)
         self._members[name] = WorkerAddress(name, self._workers[name], reply["worker_id"], reply["address"])
         self._announce()
 
     def _lost(self, name: str, error: Exception) -> None:
-        reason = str(getattr(error, "cause", None) or error).strip().splitlines()[0]
+        reason = cause_of(error)
         log.warning("%s is not running: %s", name, reason)
         self._members.pop(name, None)
+        self._given_up.pop(name, None)
         self._errors[name] = reason
+        if failed_to_construct(error):
+            self._given_up[name] = str(error.actor_id)  # type: ignore[attr-defined]
         self._announce()
 
     def _announce(self) -> None:

@@ -1,7 +1,8 @@
 """Places one Ray actor per worker and a controller over them, and tells the router where the workers are.
 
 Ray decides where a worker runs and restarts its process; whether a worker is usable is decided by the router's own
-heartbeats, which notice a fault long before Ray does. The supervisor runs in the process that called `ray.init` and
+heartbeats, which notice a fault long before Ray does. An actor whose constructor fails Ray gives up for good: then the
+supervisor makes another. The supervisor runs in the process that called `ray.init` and
 owns all the actors: when that process ends, however it ends, Ray ends them.
 """
 
@@ -20,7 +21,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from baton.cluster.controller import ClusterController, Membership, WorkerAddress
+from baton.cluster.controller import ClusterController, Membership, WorkerAddress, cause_of, failed_to_construct
 from baton.cluster.layout import ClusterLayout, Role
 from baton.common.config import BatonConfig
 from baton.common.errors import BatonError
@@ -48,6 +49,8 @@ class Supervisor:
         self._layout = layout
         self._on_members = on_members
         self._namespace = f"baton-{secrets.token_hex(4)}"
+        roles = layout.roles()
+        self._workers = {f"{role}-{roles[:index].count(role)}": role for index, role in enumerate(roles)}
         self._group: PlacementGroup | None = None
         self._actors: dict[str, ActorHandle[Any]] = {}
         self._controller: ActorHandle[Any] | None = None
@@ -56,12 +59,16 @@ class Supervisor:
     async def start(self) -> None:
         """Place and start all workers. Raises BatonError when Ray cannot place them or one fails to start."""
         await self._place()
-        roles = self._layout.roles()
-        workers = {f"{role}-{roles[:index].count(role)}": role for index, role in enumerate(roles)}
-        for bundle, (name, role) in enumerate(workers.items()):
-            self._actors[name] = self._create(name, role, bundle)
-        self._controller = self._create_controller(workers)
-        await self._follow_until(self._all_started)
+        for name in self._workers:
+            self._actors[name] = self._create(name)
+        self._controller = self._create_controller()
+        timeout = self._config.cluster.start_timeout_s
+        try:
+            async with asyncio.timeout(timeout):
+                await self._follow_until(self._all_started)
+        except TimeoutError:
+            message = f"the workers did not start within {timeout:.0f} s: raise cluster.start_timeout_s"
+            raise BatonError(message) from None
         self._follower = asyncio.create_task(self._follow_until(lambda _: False), name="follow-membership")
         self._follower.add_done_callback(_report_defect)
 
@@ -133,7 +140,8 @@ class Supervisor:
         gpus = {"GPU": 1.0} if self._layout.device == "cuda" else {}
         return {"CPU": 1.0, **gpus, **extra}
 
-    def _create(self, name: str, role: Role, bundle: int) -> ActorHandle[Any]:
+    def _create(self, name: str) -> ActorHandle[Any]:
+        role, bundle = self._workers[name], list(self._workers).index(name)
         resources = self._resources(role)
         placed: Any = ray.remote(_ACTOR_CLASSES[role]).options(
             name=name,
@@ -150,12 +158,20 @@ class Supervisor:
         actor: ActorHandle[Any] = placed.remote()
         return actor
 
-    def _create_controller(self, workers: dict[str, Role]) -> ActorHandle[Any]:
+    def _create_controller(self) -> ActorHandle[Any]:
         options: Any = ray.remote(ClusterController).options(
             name="controller", namespace=self._namespace, num_cpus=0, max_restarts=-1, max_task_retries=0
         )
-        actor: ActorHandle[Any] = options.remote(self._namespace, workers, self._config.model_dump_json())
+        actor: ActorHandle[Any] = options.remote(self._namespace, self._workers, self._config.model_dump_json())
         return actor
+
+    async def _replace(self, given_up: Mapping[str, str]) -> None:
+        """Make actors anew that Ray will not restart. An id that is not the present one's was replaced already."""
+        for name, actor_id in given_up.items():
+            old = self._actors[name]
+            if old._actor_id.hex() == actor_id:
+                log.warning("worker %s is made anew", name)
+                self._actors[name] = await _in_place_of(old, partial(self._create, name))
 
     # ---- membership
 
@@ -166,7 +182,11 @@ class Supervisor:
             try:
                 membership: Membership = await _as_awaitable(self.controller.membership.remote(seen, _POLL_S))
             except RayError as error:
-                log.warning("the controller is away: %s", str(error).splitlines()[0])
+                log.warning("the controller is away: %s", cause_of(error))
+                if failed_to_construct(error):
+                    if self._follower is None:
+                        raise BatonError(f"the controller did not start: {cause_of(error)}") from error
+                    self._controller = await _in_place_of(self.controller, self._create_controller)
                 seen = -1
                 await asyncio.sleep(_RETRY_S)
                 continue
@@ -175,6 +195,7 @@ class Supervisor:
             seen = membership.version
             if enough(membership):
                 return
+            await self._replace(membership.given_up)
 
     def _all_started(self, membership: Membership) -> bool:
         """Raises BatonError when a worker cannot start: at the start of a cluster, nothing is tried twice."""
@@ -195,6 +216,20 @@ def _kill(actors: Iterable[ActorHandle[Any]], group: PlacementGroup | None) -> N
         ray.kill(actor, no_restart=True)
     if group is not None:
         remove_placement_group(group)
+
+
+async def _in_place_of(old: ActorHandle[Any], create: Callable[[], ActorHandle[Any]]) -> ActorHandle[Any]:
+    """The kill frees name and place of an actor that is dead already. Both calls block while Ray's GCS is away."""
+
+    def replace() -> ActorHandle[Any]:
+        ray.kill(old, no_restart=True)
+        return create()
+
+    try:
+        return await run_in_thread(replace, "make an actor anew")
+    except (RayError, ValueError):  # ValueError: its name is still taken
+        log.exception("an actor could not be made anew")
+        return old
 
 
 async def _as_awaitable(reference: Any) -> Any:
