@@ -23,6 +23,11 @@ class _History:
     output_counts: torch.Tensor
     num_known: int
 
+    def count(self, tokens: torch.Tensor) -> None:
+        """Of the output, int64."""
+        self.output_counts.index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
+        self.num_known += len(tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class _Entries:
@@ -40,16 +45,18 @@ class LogitEditor:
         self._biases: WeakKeyDictionary[Request, _Entries] = WeakKeyDictionary()
         self._early_stops: WeakKeyDictionary[Request, _Entries] = WeakKeyDictionary()
 
-    def edit(self, logits: torch.Tensor, requests: Sequence[Request], positions: Sequence[int]) -> torch.Tensor:
+    def edit(
+        self, logits: torch.Tensor, requests: Sequence[Request], positions: Sequence[int], draws: torch.Tensor
+    ) -> torch.Tensor:
         """logits: [num_rows, vocab_size], one row per request; returns them, or float32 copies where any row changes.
 
         `positions`: where in its sequence each request's token will stand. Requests with penalties must know every
-        token before that.
+        token before that, but for the last one: if it is not known yet, `draws` has it, int64, at their `draw_row`.
         """
         if all(request.sampling.is_plain for request in requests):
             return logits
         edited = logits.to(torch.float32, copy=True)
-        self._penalise(edited, requests, positions)
+        self._penalise(edited, requests, positions, draws)
         self._add_biases(edited, requests)
         self._ban_early_stops(edited, requests, positions)
         return edited
@@ -74,11 +81,13 @@ class LogitEditor:
                 self._early_stops[requests[row]] = _entries(tokens, [-torch.inf] * len(tokens), logits.device)
         _add(logits, rows, [self._early_stops[requests[row]] for row in rows])
 
-    def _penalise(self, logits: torch.Tensor, requests: Sequence[Request], positions: Sequence[int]) -> None:
+    def _penalise(
+        self, logits: torch.Tensor, requests: Sequence[Request], positions: Sequence[int], draws: torch.Tensor
+    ) -> None:
         rows = [row for row, request in enumerate(requests) if request.sampling.has_penalties]
         if not rows:
             return
-        histories = [self._history(requests[row], positions[row], logits) for row in rows]
+        histories = [self._history(requests[row], positions[row], logits, draws) for row in rows]
         counts = torch.stack([history.output_counts for history in histories])  # [len(rows), vocab_size]
         in_prompt = torch.stack([history.in_prompt for history in histories])
         settings = [requests[row].sampling for row in rows]
@@ -96,13 +105,9 @@ class LogitEditor:
         selected = torch.where(in_prompt | (counts > 0), repeated, selected)
         logits[rows] = selected - frequency * counts - presence * (counts > 0)
 
-    def _history(self, request: Request, position: int, logits: torch.Tensor) -> _History:
+    def _history(self, request: Request, position: int, logits: torch.Tensor, draws: torch.Tensor) -> _History:
         """Brought up to date; the next token will stand at `position`."""
         tokens, first_output = request.token_ids, request.first_output_position
-        if len(tokens) != position:
-            raise RuntimeError(
-                f"request {request.request_id} knows {len(tokens)} of the {position} tokens before a draw"
-            )
         history = self._histories.get(request)
         if history is None:
             vocab_size, device = logits.shape[1], logits.device
@@ -110,9 +115,15 @@ class LogitEditor:
             in_prompt[_ids(tokens[:first_output], device)] = True
             counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
             history = self._histories[request] = _History(in_prompt, counts, first_output)
-        fresh = _ids(tokens[history.num_known :], logits.device)
-        history.output_counts.index_add_(0, fresh, torch.ones_like(fresh, dtype=torch.int32))
-        history.num_known = len(tokens)
+        fresh = tokens[history.num_known :]
+        if fresh:
+            history.count(_ids(fresh, logits.device))
+        if history.num_known == position - 1 and len(tokens) < position:
+            # Negative where the logits before were not finite: this draw comes to nothing, too.
+            history.count(draws[request.draw_row : request.draw_row + 1].clamp(min=0))
+        if history.num_known != position:
+            message = f"request {request.request_id} knows {history.num_known} of the {position} tokens before a draw"
+            raise RuntimeError(message)
         return history
 
 

@@ -166,11 +166,7 @@ class Engine:
         return expecting and self._pacer.hold_launch(self._flights[0])
 
     def _may_launch(self) -> bool:
-        """Penalties depend on every token before, so such a request's last one has to be known."""
-        if len(self._flights) > self._max_flights:
-            return False
-        running = self._scheduler.running
-        return not self._flights or not any(r.sampling.has_penalties and r.has_unknown_token for r in running)
+        return len(self._flights) <= self._max_flights
 
     def _launch_next(self) -> bool:
         """Whether a step was planned. Where it goes wrong its requests fail."""

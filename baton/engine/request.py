@@ -67,11 +67,6 @@ class Request:
         return self.sampling.prompt_logprobs is not None and self.num_emitted == 0
 
     @property
-    def has_unknown_token(self) -> bool:
-        """Whether a launched step draws a token that has not been read back yet."""
-        return self.num_computed_tokens >= len(self.token_ids)
-
-    @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
 

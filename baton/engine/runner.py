@@ -181,7 +181,7 @@ class Runner:
         return hidden, logits, self._draw(logits, sampled, batch.draw_positions)
 
     def _draw(self, logits: torch.Tensor, sampled: Sequence[Request], positions: npt.NDArray[np.int64]) -> torch.Tensor:
-        edited = self._editor.edit(logits, sampled, positions.tolist())
+        edited = self._editor.edit(logits, sampled, positions.tolist(), self.draws)
         has_min_p = any(request.sampling.min_p > 0 for request in sampled)
         sampler = self._min_p_sampler if has_min_p else self.sampler
         return sampler.sample(edited, sampled, positions)

@@ -18,6 +18,7 @@ from tests.unit.engine.test_sampler import draw_many
 
 CPU = torch.device("cpu")
 VOCAB = 40
+NO_DRAWS = torch.zeros(0, dtype=torch.int64)
 
 
 def a_request(token_ids: Sequence[int], num_emitted: int = 0, **params: Any) -> Request:
@@ -26,7 +27,7 @@ def a_request(token_ids: Sequence[int], num_emitted: int = 0, **params: Any) -> 
 
 
 def edit(logits: torch.Tensor, *requests: Request, editor: LogitEditor | None = None) -> torch.Tensor:
-    return (editor or LogitEditor()).edit(logits, requests, [len(r.token_ids) for r in requests])
+    return (editor or LogitEditor()).edit(logits, requests, [len(r.token_ids) for r in requests], NO_DRAWS)
 
 
 def spelt_out(logits: list[float], prompt: Sequence[int], output: Sequence[int], s: SamplingParams) -> list[float]:
@@ -114,13 +115,36 @@ def test_a_request_is_followed_from_step_to_step_and_rows_do_not_mix() -> None:
             request.token_ids.append(int(edited[row].argmax()))
     requests[0].token_ids += [5, 5]
     with pytest.raises(RuntimeError, match="knows 9 of the 8 tokens"):
-        editor.edit(logits, requests[:1], [8])
+        editor.edit(logits, requests[:1], [8], NO_DRAWS)
+
+
+def test_a_token_that_only_the_draws_know_counts_once() -> None:
+    """Each step is drawn before the token of the one before is known; the host learns of it one step later."""
+    settings: dict[str, Any] = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    prompt, generator = [1, 2, 2], torch.Generator().manual_seed(5)
+    late, prompt_of_late = LogitEditor(), a_request(prompt, **settings)
+    known = a_request(prompt, **settings)
+    editor, draws = LogitEditor(), torch.zeros(4, dtype=torch.int64)
+    for step in range(8):
+        logits = torch.randn(1, VOCAB, generator=generator)
+        expected = edit(logits, known, editor=editor)
+        found = late.edit(logits, [prompt_of_late], [len(prompt) + step], draws)
+        assert torch.equal(found, expected)
+        token = int(expected.argmax()) if step % 3 else 2
+        prompt_of_late.token_ids[:] = known.token_ids
+        known.token_ids.append(token)
+        prompt_of_late.draw_row = step % 4
+        draws.fill_(39)[step % 4] = token
+    with pytest.raises(RuntimeError, match="knows 10 of the 12 tokens"):
+        late.edit(logits, [prompt_of_late], [12], draws)
+    draws.fill_(-1)
+    assert late.edit(logits, [prompt_of_late], [11], draws).isfinite().all(), "drawn from logits that were not finite"
 
 
 def test_rows_without_a_setting_are_passed_through() -> None:
     logits = torch.randn(2, VOCAB).bfloat16()
     plain = [a_request([1], temperature=0.5, top_k=3), a_request([2], stop_token_ids=frozenset({3}))]
-    assert LogitEditor().edit(logits, plain, [1, 1]) is logits
+    assert LogitEditor().edit(logits, plain, [1, 1], NO_DRAWS) is logits
 
 
 def test_a_bias_cannot_lift_the_mask() -> None:

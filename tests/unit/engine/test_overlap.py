@@ -67,6 +67,42 @@ def test_a_launch_never_waits_for_the_tokens_before(harness: Harness) -> None:
     assert not harness.turn()
 
 
+PENALTIES: list[dict[str, Any]] = [
+    {"temperature": 0.0, "repetition_penalty": 1.4},
+    {"temperature": 0.0, "frequency_penalty": 0.7, "presence_penalty": -0.2},
+    {"temperature": 1.0, "seed": 3, "repetition_penalty": 0.8, "frequency_penalty": 0.3, "top_p": 0.9},
+    {"temperature": 1.0, "seed": 4, "presence_penalty": 1.5, "min_tokens": 9, "stop_token_ids": frozenset({5, 7, 200})},
+]
+
+
+def test_penalties_change_no_token(model_dir: Path) -> None:
+    """They count a token that is not read back yet, beside requests without them, chunks and stops."""
+
+    def requests() -> list[Request]:
+        found = [
+            make_request(f"p{n}", random_prompt(5 + 9 * n, seed=n), SamplingParams(max_tokens=40, **params))
+            for n, params in enumerate(PENALTIES)
+        ]
+        return [*found, greedy("plain", random_prompt(40), 30), seeded("seeded", random_prompt(3), 20)]
+
+    for settings in ({}, {"max_num_seqs": 3, "num_blocks": 20}):
+        plain = make_harness(model_dir, max_num_batched_tokens=24, **settings)
+        overlapped = make_harness(model_dir, max_num_batched_tokens=24, overlap=True, **settings)
+        assert overlapped.generate(*requests()) == plain.generate(*requests())
+        assert overlapped.ports.finish_reasons == plain.ports.finish_reasons
+        overlapped.assert_at_rest()
+
+
+def test_a_launch_does_not_wait_for_penalties(harness: Harness) -> None:
+    request = make_request("a", random_prompt(10), SamplingParams(max_tokens=6, **PENALTIES[0]))
+    harness.add(request)
+    harness.turn()
+    for number in range(1, 6):
+        harness.turn()
+        assert len(harness.ports.tokens["a"]) == number
+        assert request.num_computed_tokens == 10 + number
+
+
 def test_a_request_that_stops_runs_one_step_too_far_and_keeps_its_blocks_until_then(model_dir: Path) -> None:
     tokens = make_harness(model_dir).generate(greedy("a", random_prompt(15), 12))["a"]
     stop = next(token for token in tokens[2:] if token not in tokens[:2])
