@@ -61,7 +61,13 @@ def workers(registry: Registry) -> dict[str, object]:
             }
         members.append(entry)
     pairs = [
-        {"prefill": pair.prefill, "decode": pair.decode, "state": pair.state, "message": pair.message}
+        {
+            "prefill": pair.prefill,
+            "decode": pair.decode,
+            "state": pair.state,
+            "message": pair.message,
+            "failures": pair.failures,
+        }
         for pair in registry.pairs.all()
     ]
     return {"workers": members, "pairs": pairs}

@@ -1,5 +1,5 @@
-"""Fields of OpenAI's and vLLM's completion requests that this server does not support, each with the values that change
-nothing. Any other value is refused by name: an answer that silently ignores what was asked for is worse than none.
+"""Fields of completion requests to OpenAI, vLLM and SGLang that this server does not support, each with the values that
+change nothing. Any other value is refused by name: an answer that ignores what was asked for is worse than none.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ Nothing: TypeAlias = None
 Off = Literal[False] | None
 On = Literal[True] | None
 One = Annotated[int, Field(ge=1, le=1)] | None
+Zero = Annotated[int, Field(ge=0, le=0)] | None
 UnitPenalty = Annotated[float, Field(ge=1, le=1)] | None
 EmptyList = Annotated[list[None], Field(max_length=0)] | None
 
@@ -30,17 +31,25 @@ class UnsupportedFields(BaseModel):
     bad_words: EmptyList = None
     best_of: One = None
     cache_salt: Nothing = None
+    ebnf: Nothing = None
     guided_choice: Nothing = None
     guided_grammar: Nothing = None
     guided_json: Nothing = None
     guided_regex: Nothing = None
+    guided_whitespace_pattern: Nothing = None
+    json_schema: Nothing = None
     kv_transfer_params: Nothing = None
     length_penalty: UnitPenalty = None
     logits_processors: EmptyList = None
+    lora_path: Nothing = None
+    priority: Zero = None
     prompt_embeds: Nothing = None
+    regex: Nothing = None
     response_format: PlainText | None = None
     skip_special_tokens: On = None
+    spaces_between_special_tokens: On = None
     structured_outputs: Nothing = None
     suffix: Literal[""] | None = None
     truncate_prompt_tokens: Nothing = None
     use_beam_search: Off = None
+    vllm_xargs: Nothing = None

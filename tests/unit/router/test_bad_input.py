@@ -111,6 +111,8 @@ BAD: list[tuple[str, str | bytes, int, str | None]] = [
     ("min_tokens over the default", body(min_tokens=17), 400, "min_tokens"),
     ("stop_token_ids of nobody", body(stop_token_ids=[5, 300]), 400, "stop_token_ids"),
     ("stop_token_ids as text", body(stop_token_ids=["5"]), 400, "stop_token_ids"),
+    ("priority", body(priority=1), 400, "priority"),
+    ("grammar of another server", body(regex="a+"), 400, "regex"),
     ("skip_special_tokens", body(skip_special_tokens=False), 400, "skip_special_tokens"),
 ]
 
@@ -182,6 +184,7 @@ async def test_neutral_values_of_unsupported_fields_and_unknown_fields_are_accep
         "repetition_penalty": 1,
         "bad_words": [],
         "skip_special_tokens": True,
+        "priority": 0,
         "response_format": {"type": "text"},
     }
     response = await served.complete(**neutral, user="me", something_new=[1], temperature=None, stop=None)

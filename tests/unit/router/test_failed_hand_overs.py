@@ -67,6 +67,8 @@ async def test_a_failed_hand_over_goes_on_locally_behind_the_tokens_that_are_out
         assert not [cancel for cancel in decode.received("cancel") if cancel.key == key]
         assert list(decode.received("generate")[0].spec.token_ids) == [1, 2, 3, TOKENS[0]]
         assert not served.router.registry.snapshot().connected, "the pair rests"
+        (pair,) = (await served.http.get("/v1/workers")).json()["pairs"]
+        assert (pair["state"], pair["failures"], pair["message"]) == ("connected", 1, "bad block")
 
 
 @pytest.mark.parametrize("code", ["no_connection", "unknown_lease"])
