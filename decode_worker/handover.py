@@ -34,7 +34,6 @@ from protos.transfer_pb2_grpc import add_TransferServicer_to_server
 
 STOP_TIMEOUT_S = 8.0
 BUSY_RETRY_S = 0.1
-_ROUTER_CODES = {"incomplete": "corrupt"}  # one code for KV that cannot be trusted
 
 
 @dataclass(slots=True, eq=False)
@@ -242,7 +241,7 @@ class DecodeHalf(BaseHalf):
     def _report_failed(self, id_: str, code: str, reason: str) -> None:
         attempt = self._attempts.get(id_)
         if attempt is not None:
-            self._attempts.fail(attempt, _ROUTER_CODES.get(code, code), reason)
+            self._attempts.fail(attempt, code, reason)
 
     def _note_receiving(self, lease: int) -> None:
         known = self._leases.get(lease)

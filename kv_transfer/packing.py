@@ -7,6 +7,7 @@ are called on a transfer thread; on CUDA they launch on its current stream.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar, cast
 
@@ -15,6 +16,7 @@ import torch
 from kv_transfer.fingerprint import WORD_BYTES, salt_tensor, splitmix64_tensor, unsigned, word_multipliers
 from kv_transfer.messages import Segment
 
+logger = logging.getLogger(__name__)
 T_co = TypeVar("T_co", covariant=True)
 
 _WORD_MASK = 0xFFFFFFFF
@@ -103,7 +105,7 @@ class TorchPacker:
         expected: Sequence[int],
     ) -> bool:
         check_shapes(kv_cache, segment, block_ids, data, salts)
-        if self.fingerprints(segment, data, salts) != list(expected):
+        if not are_expected(self.fingerprints(segment, data, salts), expected):
             return False
         layers = kv_cache[segment.layer_start : segment.layer_end]
         layers.index_copy_(2, torch.tensor(block_ids), _as_blocks(kv_cache, segment, data))
@@ -125,6 +127,21 @@ class TorchPacker:
         if cached is None:
             cached = self._multipliers[num_words] = word_multipliers(num_words, torch.device("cpu"))
         return cached
+
+
+def are_expected(found: Sequence[int], expected: Sequence[int]) -> bool:
+    """Compare fingerprints. What differs is logged: one block hints at its bytes, all of them at another chunk."""
+    if list(found) == list(expected):
+        return True
+    wrong = [index for index, (one, other) in enumerate(zip(found, expected, strict=False)) if one != other]
+    logger.warning(
+        "%d of %d blocks of a chunk do not match their %d fingerprints, the first is block %s of it",
+        len(wrong),
+        len(found),
+        len(expected),
+        wrong[0] if wrong else None,
+    )
+    return False
 
 
 def check_shapes(

@@ -599,7 +599,7 @@ class Refused(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
     code: _builtins.str
-    """"busy" | "invalid" | "no_connection" | "draining" | "unknown_lease" """
+    """"busy" | "invalid" | "no_connection" | "draining" | "unknown_lease" | "internal" """
     message: _builtins.str
     retry_after_s: _builtins.float
     @_builtins.property
@@ -731,7 +731,7 @@ class AttemptFailed(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     RETRYABLE_FIELD_NUMBER: _builtins.int
     code: _builtins.str
-    """"peer_lost" | "corrupt" | "expired" | "aborted" | "deadline" | "internal" """
+    """"peer_lost" | "corrupt" | "incomplete" | "expired" | "aborted" | "deadline" | "internal" """
     message: _builtins.str
     retryable: _builtins.bool
     @_builtins.property

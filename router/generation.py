@@ -30,7 +30,9 @@ from router.types import GenerationRequest, ReaderTooSlow, RequestCancelled, Tok
 from router.worker_session import AttemptId
 
 MAX_UNREAD_TOKENS = 8192
-_TRANSFER_FAULTS = frozenset({"peer_lost", "corrupt", "expired", "aborted", "no_connection", "unknown_lease"})
+_TRANSFER_FAULTS = frozenset(
+    {"peer_lost", "corrupt", "incomplete", "expired", "aborted", "no_connection", "unknown_lease"}
+)
 _log = logging.getLogger("baton.router")
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from baton.common.config import EngineConfig, TransferConfig
+from decode_worker.handover import DecodeHalf
+from kv_transfer.events import FromPrefill
+from kv_transfer.messages import Chunk
 from protos import worker_pb2 as pb
 from tests.support.worker_client import WorkerClient
 from tests.transfer.handover_cluster import Cluster, Unpacks, cluster, config, prompt, spec
@@ -142,6 +145,31 @@ async def test_a_spoilt_chunk_is_never_served(connected: Cluster) -> None:
     await to_decode.until(lambda: reserved in to_decode.reserved, "a new reservation")
     key = await to_prefill.prefill("a", again, connected.decode.worker_id, to_decode.reserved[reserved], attempt=2)
     assert await connected.finish(key) == await connected.local("l", again)
+
+
+async def test_a_chunk_whose_word_is_lost_is_no_corruption(connected: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one: nothing but the commit tells of it. Operators see what kind of fault it was."""
+    [half] = [half for half in connected.decode._halves if isinstance(half, DecodeHalf)]
+    pass_on, lost = half._service._on_message, []
+
+    def lose_last(event: FromPrefill) -> None:
+        if isinstance(event.message, Chunk) and (event.message.segment.layer_end, event.message.segment.block_end) == (
+            connected.decode._engine.layout.num_layers,
+            -(-100 // 16),
+        ):
+            lost.append(event.message.seq)
+        else:
+            pass_on(event)
+
+    monkeypatch.setattr(half._service, "_on_message", lose_last)
+    key = await connected.begin("a", spec(prompt(100)))
+    to_decode = connected.to_decode
+    await to_decode.until(lambda: key in to_decode.failed, "the failure")
+    assert len(lost) == 1
+    assert (to_decode.failed[key].code, to_decode.failed[key].retryable) == ("incomplete", True)
+    monkeypatch.undo()
+    await connected.at_rest()
+    assert key not in to_decode.tokens
 
 
 # ---- what breaks and heals

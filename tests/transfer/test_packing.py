@@ -66,7 +66,7 @@ def test_unpack_restores_the_bits_and_touches_nothing_else(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 100, -1])
-def test_one_flipped_bit_scatters_nothing(position: int) -> None:
+def test_one_flipped_bit_scatters_nothing(position: int, caplog: pytest.LogCaptureFixture) -> None:
     layout = layout_of("float16")
     cache, data = random_bits(layout), buffer_for(layout)
     expected = TorchPacker().pack(cache, SEGMENT, BLOCK_IDS, data, SALTS)
@@ -74,6 +74,15 @@ def test_one_flipped_bit_scatters_nothing(position: int) -> None:
     before = cache.clone()
     assert not TorchPacker().unpack(cache, SEGMENT, [1, 2, 4], data, SALTS, expected)
     assert same_bits(cache, before)
+    assert "1 of 3 blocks of a chunk do not match" in caplog.text
+
+
+def test_a_chunk_with_another_number_of_fingerprints_does_not_verify() -> None:
+    layout = layout_of("float32")
+    cache, data = random_bits(layout), buffer_for(layout)
+    expected = TorchPacker().pack(cache, SEGMENT, BLOCK_IDS, data, SALTS)
+    for wrong in (expected[:-1], [*expected, 0], []):
+        assert not TorchPacker().unpack(cache, SEGMENT, BLOCK_IDS, data, SALTS, wrong)
 
 
 def test_exchanged_blocks_do_not_verify() -> None:

@@ -49,7 +49,7 @@ async def test_a_second_reservation_of_an_attempt_starts_no_second_prefill(worke
         assert len(prefill.received("prefill")) == 1
 
 
-@pytest.mark.parametrize("code", ["corrupt", "peer_lost", "expired"])
+@pytest.mark.parametrize("code", ["corrupt", "incomplete", "peer_lost", "expired"])
 async def test_a_failed_hand_over_goes_on_locally_behind_the_tokens_that_are_out(
     workers: list[FakeWorker], code: str
 ) -> None:
