@@ -24,7 +24,8 @@ async def test_a_spoilt_block_is_computed_again(harness: Harness, fault: str) ->
     outcomes = await harness.attempts(running)
     stall_s = running.stream.arrivals[1] - running.stream.arrivals[0]
     print(f"{fault}: attempts {outcomes}, second token {stall_s:.2f} s after the first")
-    assert outcomes[0].startswith("failed (corrupt)")
+    assert outcomes[0].startswith("failed"), "told by whichever worker's stream is sooner"
+    assert "corrupt" in outcomes[0]
     assert outcomes[-1] == "finished"
     assert stall_s < 3.0
 
