@@ -116,7 +116,7 @@ def smallest(call: Callable[[], object], seconds: float) -> float:
     call()
     count = 10 if time.perf_counter() - started < 0.001 else 1
     best = float("inf")
-    end = started + seconds
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         before = time.perf_counter()
         for _ in range(count):

@@ -88,11 +88,12 @@ def measured_num_blocks(
 def _measure(
     make_runner: MakeRunner, layout: KVLayout, config: EngineConfig, max_model_len: int, device: torch.device
 ) -> tuple[int, int]:
-    """Bytes of the largest step and of all graphs, taken on a cache that is just large enough."""
+    """Bytes of the largest step and the runner's buffers, and of all graphs, on a cache that is just large enough."""
     batch = _profiling_batch(config, max_model_len)
-    runner = make_runner(layout.allocate(batch.block_tables.shape[1], device))
-    torch.cuda.synchronize(device)
+    kv_cache = layout.allocate(batch.block_tables.shape[1], device)
     before = torch.cuda.memory_allocated(device)
+    runner = make_runner(kv_cache)
+    torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     runner.profile(batch)
     torch.cuda.synchronize(device)

@@ -127,8 +127,8 @@ class Decoder:
         eps = self.config.rms_norm_eps
         residual = embedding(input_ids, self.embed)
         x = rms_norm(residual, self.layers[0].input_norm, eps)
-        for index, layer in enumerate(self.layers):
-            x = layer.attention(x, positions, self.cos_sin, kv_cache[index], meta, backend)
+        for index, (layer, layer_kv) in enumerate(zip(self.layers, kv_cache.unbind(), strict=True)):
+            x = layer.attention(x, positions, self.cos_sin, layer_kv, meta, backend)
             x, residual = add_rms_norm(x, residual, layer.post_norm, eps)
             x = layer.mlp(x)
             if after_layer is not None:
