@@ -1,29 +1,18 @@
-"""Which KV goes in which message: layer groups, segments that fit a staging slot, and tensor-parallel resharding.
+"""Which KV goes in which message: who sends what between workers of several ranks, and segments that fit a slot.
 
-Owns no state and imports no torch. The prefill coordinator calls `split_segments` for every layer group it announces;
-`reshard` gives the pairs of ranks that exchange heads when the two ends are sharded differently.
+Owns no state and imports no torch. `reshard` gives the pairs of ranks that exchange heads and layers when the two ends
+are sharded differently; the prefill half plans with it what it sends to a peer (`shares_between`), and cuts each layer
+group that its engine has written accordingly (`messages_of`). Workers have one rank today, so the plan is one share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 from kv_transfer.messages import Segment
-
-
-def layer_groups(num_layers: int, num_groups: int) -> list[tuple[int, int]]:
-    """Cut [0, num_layers) into at most `num_groups` ranges [start, end), in order.
-
-    With more than one group the last holds a single layer: its transfer is the only one that no compute hides.
-    """
-    if num_layers < 1 or num_groups < 1:
-        raise ValueError(f"{num_layers} layers cannot be cut into {num_groups} groups")
-    if num_groups == 1 or num_layers == 1:
-        return [(0, num_layers)]
-    body = _even_ranges(0, num_layers - 1, min(num_groups - 1, num_layers - 1))
-    return [*body, (num_layers - 1, num_layers)]
 
 
 def split_segments(
@@ -98,6 +87,9 @@ class Sharding:
             raise ValueError(f"{num_kv_heads} KV heads cannot be shared by {self.tensor_parallel} tensor ranks")
 
 
+ONE_RANK = Sharding(1)
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """Rank `source` of one worker sends `shard` to rank `target` of the other."""
@@ -123,6 +115,32 @@ def reshard(source: Sharding, target: Sharding, num_layers: int, num_kv_heads: i
                 transfers.append(Transfer(ranks[sent[held] % len(ranks)], rank, common))
                 sent[held] += 1
     return transfers
+
+
+def shares_between(
+    source: Sharding, source_rank: int, target: Sharding, target_rank: int, num_layers: int, num_kv_heads: int
+) -> list[Shard]:
+    """What the one rank sends to the other. Raises ValueError for a part of the heads: blocks travel with all."""
+    transfers = reshard(source, target, num_layers, num_kv_heads)
+    shards = [one.shard for one in transfers if (one.source, one.target) == (source_rank, target_rank)]
+    parts = [shard for shard in shards if (shard.head_start, shard.head_end) != (0, num_kv_heads)]
+    if parts:
+        raise ValueError(f"a share of {parts[0]} takes a packer that cuts {num_kv_heads} KV heads")
+    return shards
+
+
+def messages_of(
+    shares: Sequence[Shard], written: Segment, block_bytes_per_layer: int, slot_bytes: int
+) -> list[Segment]:
+    """The segments in which `written` travels, as far as the shares hold it."""
+    segments = []
+    for share in shares:
+        start, end = max(written.layer_start, share.layer_start), min(written.layer_end, share.layer_end)
+        if start < end:
+            segments += split_segments(
+                start, end, written.block_start, written.block_end, block_bytes_per_layer, slot_bytes
+            )
+    return segments
 
 
 def _replicas(sharding: Sharding, num_layers: int, num_kv_heads: int) -> dict[Shard, list[int]]:

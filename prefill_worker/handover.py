@@ -26,7 +26,7 @@ from baton.worker.tasks import Tasks
 from kv_transfer import events as kv
 from kv_transfer.messages import Abort as AbortLease
 from kv_transfer.messages import Chunk, Commit, Committed, Finish, LeaseKey, Segment
-from kv_transfer.plan import split_segments
+from kv_transfer.plan import ONE_RANK, messages_of, shares_between
 from kv_transfer.protocol import PrefillState, counters, prefill_step
 from kv_transfer.sender import SendLink
 from kv_transfer.wire import prefill_frame
@@ -68,6 +68,7 @@ class PrefillHalf(BaseHalf):
         self._context = context
         self._attempts = context.attempts
         self._layout = context.layout
+        self._shares = shares_between(ONE_RANK, 0, ONE_RANK, 0, self._layout.num_layers, self._layout.num_kv_heads)
         self._handovers: dict[str, _HandOver] = {}
         self._written_at: dict[tuple[str, int], float] = {}  # by epoch and seq, from Packed to its Chunk
         self._tasks = Tasks()
@@ -134,14 +135,9 @@ class PrefillHalf(BaseHalf):
         epoch = self._protocol.state.link(handover.peer).epoch if handover is not None else None
         if handover is None or epoch is None:
             return
-        for piece in split_segments(
-            segment.layer_start,
-            segment.layer_end,
-            segment.block_start,
-            segment.block_end,
-            self._layout.block_bytes_per_layer,
-            self._pairs.get(epoch).slot_bytes,
-        ):
+        written = Segment(segment.layer_start, segment.layer_end, segment.block_start, segment.block_end)
+        slot_bytes = self._pairs.get(epoch).slot_bytes
+        for piece in messages_of(self._shares, written, self._layout.block_bytes_per_layer, slot_bytes):
             offset = piece.block_start - segment.block_start
             block_ids = segment.block_ids[offset : offset + piece.num_blocks]
             handover.written[piece] = _Written(block_ids, segment.event)

@@ -1,36 +1,15 @@
-"""Layer groups, segments and tensor-parallel resharding."""
+"""Segments, tensor-parallel resharding, and what one rank sends another."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.plan import Sharding, layer_groups, reshard, split_segments
-
-
-@given(st.integers(1, 80), st.integers(1, 20))
-def test_layer_groups_cover_all_layers_in_order(num_layers: int, num_groups: int) -> None:
-    groups = layer_groups(num_layers, num_groups)
-    assert groups[0][0] == 0
-    assert groups[-1][1] == num_layers
-    assert all(left[1] == right[0] for left, right in pairwise(groups))
-    assert all(start < end for start, end in groups)
-    assert len(groups) == min(num_groups, num_layers)
-    if num_groups > 1:
-        assert groups[-1] == (num_layers - 1, num_layers)
-
-
-def test_groups_before_the_last_are_even() -> None:
-    assert layer_groups(32, 4) == [(0, 11), (11, 21), (21, 31), (31, 32)]
-
-
-@pytest.mark.parametrize(("num_layers", "num_groups"), [(0, 1), (4, 0)])
-def test_no_groups_of_nothing(num_layers: int, num_groups: int) -> None:
-    with pytest.raises(ValueError, match="cannot be cut"):
-        layer_groups(num_layers, num_groups)
+from kv_transfer.messages import Segment
+from kv_transfer.plan import ONE_RANK, Shard, Sharding, messages_of, reshard, shares_between, split_segments
 
 
 @given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 300), st.integers(1, 300), st.integers(1, 400))
@@ -133,3 +112,32 @@ def test_replicas_take_turns() -> None:
 def test_a_model_that_cannot_be_shared_like_this_is_refused(sharding: Sharding) -> None:
     with pytest.raises(ValueError, match="cannot be shared"):
         sharding.shard(0, num_layers=4, num_kv_heads=4)
+
+
+def test_workers_of_one_rank_exchange_everything_as_one_share() -> None:
+    assert shares_between(ONE_RANK, 0, ONE_RANK, 0, 32, 8) == [Shard(0, 32, 0, 8)]
+
+
+def test_a_share_of_some_heads_is_refused_until_it_can_be_packed() -> None:
+    with pytest.raises(ValueError, match="8 KV heads"):
+        shares_between(Sharding(2), 0, ONE_RANK, 0, 32, 8)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 11), st.integers(1, 12), st.integers(1, 8))
+def test_all_source_ranks_together_send_what_a_layer_group_holds_once(
+    source_stages: int, target_stages: int, layer_start: int, num_layers: int, capacity: int
+) -> None:
+    source, target = Sharding(1, source_stages), Sharding(1, target_stages)
+    written = Segment(layer_start, min(12, layer_start + num_layers), 3, 9)
+    sent = [
+        (layer, block)
+        for source_rank in range(source_stages)
+        for target_rank in range(target_stages)
+        for piece in messages_of(
+            shares_between(source, source_rank, target, target_rank, 12, 2), written, 64, 64 * capacity
+        )
+        for layer in range(piece.layer_start, piece.layer_end)
+        for block in range(piece.block_start, piece.block_end)
+    ]
+    wanted = [(layer, block) for layer in range(written.layer_start, written.layer_end) for block in range(3, 9)]
+    assert sorted(sent) == wanted
