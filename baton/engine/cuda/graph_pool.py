@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -30,23 +31,28 @@ class GraphPool:
         """`compute` runs once before: kernels are compiled and libraries choose theirs, which a capture must not see.
         Capture the largest first: what it takes is then enough for the others.
         """
-        compute()
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = compute()
-        return Captured(graph, output)
+        return self._capture_into(self._pool, compute)
 
     def measure(self, largest: Iterable[Compute], count: int) -> int:
         """Bytes that `count` captures take, of which these are the largest: the first takes the pool's memory, the
-        others what each further one adds.
+        others what each further one adds. Nothing of it is kept.
         """
+        # Of its own: torch takes a pool for dead, and refuses it, when the last of its graphs is gone.
+        pool = torch.cuda.graph_pool_handle()
         free, kept = [self._free_bytes()], []
         for compute in largest:
-            kept.append(self.capture(compute))
+            kept.append(self._capture_into(pool, compute))
             free.append(self._free_bytes())
         first, *others = (before - after for before, after in pairwise(free))
         return max(0, first) + max(0, *others, 0) * (count - 1)
+
+    def _capture_into(self, pool: Any, compute: Compute) -> Captured:
+        compute()
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            output = compute()
+        return Captured(graph, output)
 
     def _free_bytes(self) -> int:
         torch.cuda.synchronize(self._device)

@@ -12,6 +12,7 @@ from baton.common.clock import ManualClock
 from baton.common.config import EngineConfig, TransferConfig
 from baton.engine.batch import PrefillSegment, ScheduledStep, build_batch
 from baton.engine.build import build_engine
+from baton.engine.device_parts import make_device_parts
 from baton.engine.runner import Runner
 from tests.support.engine_harness import RecordingPorts, greedy, random_prompt
 from tests.support.tiny_model import make_tiny_llama
@@ -87,14 +88,16 @@ def test_replays_give_what_launching_gives(model_dir: Path, dtype: str) -> None:
 
 def test_memory_of_the_graphs_is_counted(model_dir: Path) -> None:
     """What preparing takes is at most what was measured before, give or take the allocator's granularity."""
-    settings: dict[str, Any] = {"num_blocks": 64, "max_model_len": 512, "decode_graphs": False}
-    config = EngineConfig.model_validate({**settings, "max_num_batched_tokens": 512, "prefill_graph_tokens": 512})
+    settings: dict[str, Any] = {"num_blocks": 64, "max_model_len": 512, "max_num_batched_tokens": 512}
+    config = EngineConfig.model_validate({**settings, "prefill_graph_tokens": 512})
     runner = build_engine(config, TransferConfig(), model_dir, CUDA, RecordingPorts(), ManualClock())._runner
-    path: Any = runner.prefill_path
-    path._captured.clear()
-    torch.cuda.synchronize()
-    measured = path.measure()
+    paths = make_device_parts(CUDA).make_step_paths(runner, config, 512)
+    assert paths.prefill is not None
+    assert paths.decode is not None
+    measured = paths.prefill.measure() + paths.decode.measure()
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(CUDA)[0]
-    path.prepare()
+    paths.prefill.prepare()
+    paths.decode.prepare()
     torch.cuda.synchronize()
     assert free - torch.cuda.mem_get_info(CUDA)[0] <= measured + 2**27
