@@ -87,7 +87,10 @@ def test_replays_give_what_launching_gives(model_dir: Path, dtype: str) -> None:
 
 
 def test_memory_of_the_graphs_is_counted(model_dir: Path) -> None:
-    """What preparing takes is at most what was measured before, give or take the allocator's granularity."""
+    """What preparing takes is at most what was measured before, give or take the allocator's granularity.
+
+    Alone on its GPU: what others take meanwhile would be counted too.
+    """
     settings: dict[str, Any] = {"num_blocks": 64, "max_model_len": 512, "max_num_batched_tokens": 512}
     config = EngineConfig.model_validate({**settings, "prefill_graph_tokens": 512})
     runner = build_engine(config, TransferConfig(), model_dir, CUDA, RecordingPorts(), ManualClock())._runner
