@@ -64,7 +64,7 @@ class DecodeHalf(BaseHalf):
         self.timeline = Timeline()
         self._leases: dict[int, _Lease] = {}
         self._credited: dict[str, int] = {}  # chunks whose credits were returned, by epoch
-        self._tasks = Tasks()
+        self._tasks = Tasks(context.faults)
         self._protocol: Coordinator[DecodeState, kv.DecodeEvent, kv.DecodeAction] = Coordinator(
             DecodeState.initial(context.layout.num_layers), decode_step, self._execute, context.faults
         )

@@ -70,8 +70,13 @@ class Dialer:
         self._stores: dict[str, Store] = {}
         self._timeout_s = context.config.transfer.connect_timeout_s
 
-    async def serve_once(self, worker_id: str, address: str, on_connected: Callable[[], None]) -> str:
-        """Be connected once; returns why the connection failed or ended. Raises PeerRefused."""
+    async def serve_once(
+        self, worker_id: str, address: str, on_connected: Callable[[], None], on_lost: Callable[[str], None]
+    ) -> str:
+        """Be connected once; returns why the connection failed or ended, when nothing of it is left.
+
+        `on_lost` is told at once that it has ended. Raises PeerRefused.
+        """
         async with grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS) as channel:
             call = TransferStub(channel).Connect(None)
             try:
@@ -82,7 +87,7 @@ class Dialer:
                 pair = Pair[transfer_pb2.PrefillFrame, SendLink](
                     worker_id, welcome.epoch, link, welcome.window, welcome.slot_bytes
                 )
-                return await self._pairs.serve(pair, lambda: self._run(call, pair, on_connected))
+                return await self._pairs.serve(pair, lambda: self._run(call, pair, on_connected), on_lost)
             except (PeerUnreachable, TransferError, WireError) as error:
                 return str(error)
             except ConfigError as error:

@@ -71,7 +71,7 @@ class PrefillHalf(BaseHalf):
         self._shares = shares_between(ONE_RANK, 0, ONE_RANK, 0, self._layout.num_layers, self._layout.num_kv_heads)
         self._handovers: dict[str, _HandOver] = {}
         self._written_at: dict[tuple[str, int], float] = {}  # by epoch and seq, from Packed to its Chunk
-        self._tasks = Tasks()
+        self._tasks = Tasks(context.faults)
         self._protocol: Coordinator[PrefillState, kv.PrefillEvent, kv.PrefillAction] = Coordinator(
             PrefillState.initial(), prefill_step, self._execute, context.faults
         )

@@ -97,8 +97,11 @@ class Peers:
                 was_connected = True
                 self._say(peer, "connected", "")
 
+            def on_lost(reason: str) -> None:
+                self._say(peer, "lost", reason)
+
             try:
-                reason = await self._dialer.serve_once(peer.worker_id, peer.address, on_connected)
+                reason = await self._dialer.serve_once(peer.worker_id, peer.address, on_connected, on_lost)
             except PeerRefused as error:
                 self._say(peer, "refused", str(error))
                 return
@@ -106,7 +109,8 @@ class Peers:
                 self._faults.add()
                 logger.exception("the connection with %s went wrong", peer.worker_id)
                 reason = repr(error)
-            self._say(peer, "lost", reason)
+            if peer.state != "lost":
+                self._say(peer, "lost", reason)
             pause = FIRST_PAUSE_S if was_connected else min(2 * pause, LONGEST_PAUSE_S)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
 

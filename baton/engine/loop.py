@@ -39,6 +39,7 @@ from baton.engine.step_log import StepLog
 
 logger = logging.getLogger(__name__)
 
+MAX_FAILURES_IN_A_ROW = 10  # what a step cannot mend, like memory in pieces, a new process does
 _TOKEN_EVENTS = (events.FIRST_TOKEN, events.SECOND_TOKEN)
 
 
@@ -193,12 +194,14 @@ class Engine:
         return flight
 
     def _fail(self, requests: Iterable[Request], error: Exception) -> None:
-        """Raises what the device reports: such a device computes nothing any more."""
+        """Raises what the device reports, for such a device computes nothing any more, and where no step goes well."""
         self._failures_in_a_row += 1
         self._runner.settle()
         for request in list(requests):
             if request.phase in (Phase.WAITING, Phase.RUNNING):
                 self._book.fail(request, "internal", repr(error))
+        if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            raise RuntimeError(f"{self._failures_in_a_row} steps in a row went wrong") from error
 
     def _launch(self, step: ScheduledStep, started: float) -> Flight:
         for segment in step.prefills:

@@ -127,10 +127,12 @@ class Pairs(Generic[F, L]):
         if epoch in self._pairs:
             self._pairs[epoch].outbox.put(frame)
 
-    async def serve(self, pair: Pair[F, L], stream: Callable[[], Awaitable[str]]) -> str:
+    async def serve(
+        self, pair: Pair[F, L], stream: Callable[[], Awaitable[str]], on_lost: Callable[[str], None] = logger.debug
+    ) -> str:
         """Announce the epoch, await its stream's end, and return that end's reason when the epoch is destroyed.
 
-        Also when cancelled: the epoch is then torn down in the background.
+        Also when cancelled: the epoch is then torn down in the background. `on_lost` does not wait for that.
         """
         self._pairs[pair.epoch] = pair
         self._feed(PeerConnected(pair.peer, pair.epoch, pair.window))
@@ -141,6 +143,7 @@ class Pairs(Generic[F, L]):
         finally:
             logger.info("lost %s, epoch %s: %s", pair.peer, pair.epoch, reason)
             self._feed(PeerLost(pair.peer, pair.epoch, reason))
+        on_lost(reason)
         await pair.destroyed.wait()
         return reason
 

@@ -6,13 +6,16 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 
+from baton.worker.faults import Faults
+
 logger = logging.getLogger(__name__)
 
 
 class Tasks:
-    """Owned by one component on the asyncio thread. A task that raises is logged; it never ends silently."""
+    """Owned by one component on the asyncio thread. A task that raises is logged and is a fault of ours."""
 
-    def __init__(self) -> None:
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
         self._tasks: set[asyncio.Task[object]] = set()
 
     def spawn(self, coroutine: Coroutine[None, None, object], name: str) -> asyncio.Task[object]:
@@ -31,4 +34,5 @@ class Tasks:
     def _done(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (fault := task.exception()) is not None:
+            self._faults.add()
             logger.error("background task %s failed", task.get_name(), exc_info=fault)

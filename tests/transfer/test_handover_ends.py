@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from baton.common.config import EngineConfig, TransferConfig
 from decode_worker.handover import DecodeHalf
 from kv_transfer.events import FromPrefill
 from kv_transfer.messages import Chunk
+from prefill_worker.handover import PrefillHalf
 from protos import worker_pb2 as pb
 from tests.support.worker_client import WorkerClient
 from tests.transfer.handover_cluster import Cluster, Unpacks, cluster, config, prompt, spec
@@ -173,6 +175,27 @@ async def test_a_chunk_whose_word_is_lost_is_no_corruption(connected: Cluster, m
 
 
 # ---- what breaks and heals
+
+
+async def test_routers_hear_of_a_lost_connection_before_it_is_destroyed(connected: Cluster) -> None:
+    """Until then they would send it requests, each of which costs an attempt."""
+    [half] = [half for half in connected.prefill._halves if isinstance(half, PrefillHalf)]
+    [pair] = half._pairs.of_peer(connected.decode.worker_id)
+    destroy, may_close = pair.link.close, threading.Event()
+
+    def close() -> None:
+        assert may_close.wait(20)
+        destroy()
+
+    pair.link.close = close  # type: ignore[method-assign]
+    pair.outbox.end("cut by the test")
+    try:
+        await connected.peer_state("lost")
+        assert half._pairs.of_peer(connected.decode.worker_id) == [pair]
+    finally:
+        may_close.set()
+    await connected.peer_state("connected", times=2)
+    assert connected.to_prefill.peer_history.count((connected.decode.worker_id, "lost")) == 1
 
 
 async def test_a_lost_connection_is_made_anew(connected: Cluster) -> None:

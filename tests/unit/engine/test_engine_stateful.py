@@ -178,6 +178,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def failed_launch(self) -> None:
+        self.harness.engine._failures_in_a_row = 0  # ten of them would end the engine
         self.runner.launch = lambda *_: _raise()
         self.harness.turn()
         self.runner.launch = self.launch
@@ -185,6 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def failed_landing(self) -> None:
         """What the device says when the step's tokens are fetched."""
+        self.harness.engine._failures_in_a_row = 0
 
         def launch(*args: Any) -> Any:
             launched = self.launch(*args)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from baton.common.clock import ManualClock
+from baton.engine.loop import MAX_FAILURES_IN_A_ROW, Engine
 from baton.engine.ports import Abort, AddRequest
 from tests.support.engine_harness import greedy, random_prompt
 from tests.support.tiny_model import make_tiny_llama
@@ -55,6 +56,34 @@ def test_it_is_told_once_and_the_thread_ends(
     engine.post(Abort("a"))
     engine.stop()
     assert len(ports.lost) == 1
+
+
+def _post_failing(engine: Engine, ports: WaitingPorts, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests one after the other whose step finds no memory."""
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._runner, "launch", lambda *_: _raise(torch.OutOfMemoryError("no room")))
+        for _ in range(count):
+            known = len(ports.failures)
+            engine.post(AddRequest(greedy(f"bad {known}", random_prompt(20), 30)))
+            with ports.finished:
+                assert ports.finished.wait_for(lambda known=known: len(ports.failures) > known, TIMEOUT_S)  # type: ignore[misc]
+
+
+def test_it_ends_when_no_step_goes_well_any_more(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does starts the count again."""
+    ports = WaitingPorts()
+    engine = make_engine(model_dir, ports, ManualClock())
+    engine.start()
+    _post_failing(engine, ports, MAX_FAILURES_IN_A_ROW - 1, monkeypatch)
+    engine.post(AddRequest(greedy("good", random_prompt(20), 3)))
+    ports.wait_for("good")
+    _post_failing(engine, ports, MAX_FAILURES_IN_A_ROW - 1, monkeypatch)
+    assert not ports.lost
+    monkeypatch.setattr(engine._runner, "launch", lambda *_: _raise(torch.OutOfMemoryError("no room")))
+    engine.post(AddRequest(greedy("last", random_prompt(20), 3)))
+    engine._thread.join(TIMEOUT_S)
+    assert ports.lost == [f"RuntimeError('{MAX_FAILURES_IN_A_ROW} steps in a row went wrong')"]
+    engine.stop()
 
 
 def test_an_end_that_was_asked_for_is_no_loss(model_dir: Path) -> None:

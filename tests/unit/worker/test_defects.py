@@ -105,7 +105,8 @@ async def test_an_epoch_that_cannot_be_destroyed_is_tried_again(
 ) -> None:
     monkeypatch.setattr("baton.worker.pair.CLOSE_RETRY_S", 0.0)
     events: list[PairEvent] = []
-    tasks, faults = Tasks(), Faults()
+    faults = Faults()
+    tasks = Tasks(faults)
     pairs: Pairs[pb.WorkerFrame, StubbornLink] = Pairs(events.append, LAYOUT, torch.device("cpu"), tasks, faults)
     link = StubbornLink(error, error)
     pair = Pair[pb.WorkerFrame, StubbornLink]("peer", "epoch", link, 1, 4096)
@@ -143,12 +144,15 @@ class Dials:
         self.outcomes = list(outcomes)
         self.tries = 0
 
-    async def serve_once(self, worker_id: str, address: str, on_connected: Callable[[], None]) -> str:
+    async def serve_once(
+        self, worker_id: str, address: str, on_connected: Callable[[], None], on_lost: Callable[[str], None]
+    ) -> str:
         self.tries += 1
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome
         on_connected()
+        on_lost(outcome)
         return outcome
 
     def forget(self, worker_id: str) -> None:
@@ -158,7 +162,8 @@ class Dials:
 async def test_a_try_to_connect_that_goes_wrong_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers_module, "FIRST_PAUSE_S", 0.0)
     dials = Dials(KeyError("a defect"), "the peer closed the stream", PeerRefused("layouts differ"))
-    tasks, faults = Tasks(), Faults()
+    faults = Faults()
+    tasks = Tasks(faults)
     peers = Peers(cast(Dialer, dials), tasks, faults, lambda _: None)
     session = RouterSession(1, "router")
     peers.want(session, "decode-1", "host:1")

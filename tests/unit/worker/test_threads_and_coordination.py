@@ -127,7 +127,8 @@ async def test_a_thread_gives_its_result_or_its_error() -> None:
 
 
 async def test_tasks_end_on_cancel_and_faults_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    tasks = Tasks()
+    faults = Faults()
+    tasks = Tasks(faults)
     waiting = tasks.spawn(asyncio.Event().wait(), "waits")
 
     async def fail() -> None:
@@ -139,3 +140,4 @@ async def test_tasks_end_on_cancel_and_faults_are_logged(caplog: pytest.LogCaptu
     assert "background task fails failed" in caplog.text
     await tasks.cancel_all()
     assert waiting.cancelled()
+    assert faults.count == 1
