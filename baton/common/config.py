@@ -59,8 +59,10 @@ class EngineConfig(_Section):
     overlap, and while a hand-over is expected, a step is launched so long before the one before should end, to take in
     what arrives meanwhile; None: at once. `decode_graphs`: run steps that only decode as captured CUDA graphs where
     there is a GPU. `prefill_graph_tokens`: the same for steps of at most so many tokens that hold a prompt or a part of
-    one, whose KV is then announced at the end of the step; 0: none. `load_format` random: the weights are drawn, the
-    model's directory needs none; for measurements.
+    one, whose KV is then announced at the end of the step; 0: none. `stall_timeout_s`: a worker
+    whose engine has work and ends no step for so long ends its process, which is then started anew; None: never. It
+    must exceed the longest step. `load_format` random: the weights are drawn, the model's directory needs none; for
+    measurements.
     """
 
     dtype: DType = "auto"
@@ -74,6 +76,7 @@ class EngineConfig(_Section):
     prefix_cache: bool = True
     overlap: bool | None = None
     launch_lead_s: float | None = Field(None, ge=0)
+    stall_timeout_s: float | None = Field(None, gt=0)
     decode_graphs: bool = True
     prefill_graph_tokens: int = Field(0, ge=0, le=4096)
     cpu_threads: int = Field(1, ge=1)

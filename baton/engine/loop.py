@@ -127,7 +127,8 @@ class Engine:
         landed = None
         if not is_held and len(self._flights) > (self._max_flights if has_launched else 0):
             landed = self._land_next() if self._pacer.await_landing(self._flights[0]) else None
-        self._progress_at = self._clock.now()
+        if has_launched or landed is not None:  # commands alone are no progress
+            self._progress_at = self._clock.now()
         self._stats = self._snapshot()
         if landed is not None or self._log:
             self._report(landed)

@@ -31,9 +31,11 @@ from baton.worker.generate import GenerateHalf
 from baton.worker.half import EnginePort, Half, HalfFactory, WorkerContext
 from baton.worker.mailbox import Mailbox
 from baton.worker.spec import Limits
+from baton.worker.stall_watch import watch_for_stall
 from baton.worker.status import health, heartbeat
 from baton.worker.step_timing import StepTimeModel
 from baton.worker.streams import SERVER_OPTIONS
+from baton.worker.tasks import Tasks
 from kv_transfer.wire import layout_proto
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import add_WorkerServicer_to_server
@@ -79,7 +81,7 @@ def resolve_device(device: str) -> torch.device:
 class WorkerShell:
     """One worker process. `role` is what the worker tells routers; here it is a word and decides nothing.
 
-    `on_lost` is told when the engine is lost: nothing here serves any more, and only a new process will.
+    `on_lost` is told when the engine is lost or stands still: nothing here serves any more, only a new process will.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class WorkerShell:
         self._on_lost = on_lost
         self._timing = StepTimeModel()
         self._faults = Faults()
+        self._tasks = Tasks(self._faults)
         self._injector = make_injector(config.chaos)
         self._prefills_done: list[PrefillDone] = []
         self._device = resolve_device(config.cluster.device)
@@ -127,6 +130,7 @@ class WorkerShell:
                 await half.stop()
             await self._stop_engine()
             raise
+        self._watch_engine()
         logger.info("worker %s listens on %s, %s", self.worker_id, self.address, self._device)
 
     async def drain(self, timeout_s: float) -> bool:
@@ -147,6 +151,7 @@ class WorkerShell:
         self._stopping = True
         self._dispatcher.draining = True
         self._attach.end_all("the worker stops")
+        await self._tasks.cancel_all()
         for half in self._halves:
             await half.stop()
         await self._server.stop(grace=0.5)
@@ -250,8 +255,17 @@ class WorkerShell:
             case StepReport():
                 self._on_step(result)
             case EngineLost(reason):
-                self._faults.add()
-                self._on_lost(f"the engine is lost: {reason}")
+                self._on_engine_lost(reason)
+
+    def _on_engine_lost(self, reason: str) -> None:
+        self._faults.add()
+        self._on_lost(f"the engine is lost: {reason}")
+
+    def _watch_engine(self) -> None:
+        timeout_s = self._config.engine.stall_timeout_s
+        if timeout_s is not None:
+            watching = watch_for_stall(self._engine.stats, timeout_s, self._on_engine_lost)
+            self._tasks.spawn(watching, "watch for a stalled engine")
 
     def _on_step(self, report: StepReport) -> None:
         """First tokens of hand-overs leave here, in the frame of the step that made them, before anything ends."""

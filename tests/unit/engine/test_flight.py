@@ -177,3 +177,23 @@ def test_an_admission_joins_the_step_after_the_running_one(harness: Harness, mon
     timer.join()
     assert len(launched) == 2
     assert request in harness.engine._flights[-1].step.decodes
+
+
+def test_news_while_a_step_hangs_are_no_progress(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a worker whose device hangs would look well as long as somebody talks to it."""
+    launched = slow_steps(harness, monkeypatch)
+    monkeypatch.setattr(SlowTokens, "is_ready", lambda _: harness.engine.wake())
+    harness.engine._idle = False  # as on its thread
+    harness.add(greedy("long", random_prompt(8), 30))
+    harness.turn()
+    harness.turn()
+    assert len(launched) == 2
+    for seconds in (1, 2, 3):
+        harness.clock.advance(1.0)
+        assert harness.turn()
+        assert harness.engine.stats().progress_age == seconds
+    monkeypatch.setattr(SlowTokens, "is_ready", lambda _: True)
+    for tokens in launched:
+        tokens.ended.set()
+    harness.turn()
+    assert harness.engine.stats().progress_age == 0

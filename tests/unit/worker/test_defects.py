@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from baton.engine.ports import Abort, Command
+from baton.engine.ports import Abort, Command, EngineStats
 from baton.worker import actor_base
 from baton.worker.coordinator import Coordinator
 from baton.worker.faults import Faults
@@ -50,6 +50,31 @@ async def test_a_lost_engine_is_told_and_turns_health_bad() -> None:
         builder.engine.ports.on_lost("RuntimeError('illegal access')")
         await eventually(lambda: bool(lost))
         assert lost == ["the engine is lost: RuntimeError('illegal access')"]
+        assert not shell.health()["healthy"]
+    finally:
+        await shell.stop()
+
+
+async def test_an_engine_that_stands_still_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has to do so for the whole time: a pause of the process itself counts as one look."""
+    ages = iter([0.0, 9.0, 0.0, *[9.0] * 7, 0.0, *[9.0] * 100])
+    builder = FakeBuilder()
+    lost: list[str] = []
+    config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"stall_timeout_s": 0.08})})
+    looks: list[float] = []
+
+    def stats(engine: FakeEngine) -> EngineStats:
+        looks.append(next(ages))
+        return EngineStats(engine.blocks, 0, 1, 0, 0, looks[-1])
+
+    shell = WorkerShell(config, "decode", HOST, builder, on_lost=lost.append)
+    monkeypatch.setattr(FakeEngine, "stats", stats)
+    await shell.start()
+    try:
+        looks.clear()
+        await eventually(lambda: bool(lost))
+        assert lost == ["the engine is lost: the engine has work and made no step for 0.08 s"]
+        assert looks[-9:] == [0.0, *[9.0] * 8]
         assert not shell.health()["healthy"]
     finally:
         await shell.stop()
