@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -25,16 +26,21 @@ RecvEvent = Received | Unpacked | PeerLost
 
 @dataclass(slots=True)
 class _Arrival:
-    """A receive that was asked for. `transfer`: it is launched. `is_followed`: its unpack waits for its end too."""
+    """A receive that was asked for. `transfer`: it is launched. `is_followed`: an unpack was asked for as well.
+
+    `has_ended`, `then`: the host has waited for it, and what it shall do at that moment.
+    """
 
     transfer: Transfer | None = None
     is_followed: bool = False
+    has_ended: bool = False
+    then: Callable[[], None] | None = None
 
 
 class RecvLink(Link[Received | Unpacked]):
     """See `Link`. The methods return at once; their outcome comes through `on_event`.
 
-    A slot's unpack may be asked for as soon as its receive was: it runs when the data is there. On CUDA both are then
+    A slot's unpack may be asked for as soon as its receive was: it runs when the data is there. Over NCCL both are then
     launched in one go, the one behind the other on the device, and the host hears of the end of the second only.
     """
 
@@ -70,6 +76,9 @@ class RecvLink(Link[Received | Unpacked]):
         """
         arrival = self._arrivals.pop(action.slot, _Arrival())
         arrival.is_followed = True
+        self._submit_unpack(action, block_ids, arrival)
+
+    def _submit_unpack(self, action: Unpack, block_ids: Sequence[int], arrival: _Arrival) -> None:
         self._submit(self._copy, action, lambda: self._start_unpack(action, block_ids, arrival))
 
     def _start_recv(self, action: StartRecv, arrival: _Arrival) -> Callable[[], Received | None] | None:
@@ -82,23 +91,36 @@ class RecvLink(Link[Received | Unpacked]):
 
         def finish() -> Received | None:
             transfer.wait()
-            if arrival.is_followed:
-                return None
             self._timeline.received(action.epoch, action.seq, time.monotonic())
-            return Received(action.peer, action.epoch, action.seq)
+            with self._reporting:
+                arrival.has_ended = True
+                if arrival.then is not None:
+                    arrival.then()
+            return None if arrival.is_followed else Received(action.peer, action.epoch, action.seq)
 
-        return None if arrival.is_followed else finish
+        return None if arrival.is_followed and transfer.event is not None else finish
 
-    def _start_unpack(self, action: Unpack, block_ids: Sequence[int], arrival: _Arrival) -> Callable[[], Unpacked]:
+    def _is_there(self, arrival: _Arrival, then: Callable[[], None]) -> bool:
+        """Whether the host has seen the end of the receive. If not, it calls `then` when it does."""
+        with self._reporting:
+            arrival.then = then
+            return arrival.has_ended
+
+    def _start_unpack(
+        self, action: Unpack, block_ids: Sequence[int], arrival: _Arrival
+    ) -> Callable[[], Unpacked] | None:
         transfer = arrival.transfer
         if transfer is None:
             raise TransferError(f"chunk {action.seq} was not received into slot {action.slot}")
+        if transfer.event is None:
+            again = partial(self._submit_unpack, action, block_ids, arrival)
+            if not self._is_there(arrival, again):
+                return None
         num_bytes = self._staging.layout.segment_bytes(action.segment.num_layers, action.segment.num_blocks)
         data = self._staging.slot(action.slot)[:num_bytes]
         salts = block_salts(action.lease, action.seq, action.segment)
         with self._copy.stream.after(None):
             transfer.follow()
-            arrived_at = time.monotonic()
             copy = self._packer.start_unpack(
                 self._kv_cache, action.segment, block_ids, data, salts, action.fingerprints
             )
@@ -106,9 +128,8 @@ class RecvLink(Link[Received | Unpacked]):
         def finish() -> Unpacked:
             is_ok = copy.wait()
             transfer.wait()  # after an aborted receive there is no verdict
-            received_at = arrived_at if transfer.event is None else self._clock.time_of(transfer.event)
-            if received_at is not None:
-                self._timeline.received(action.epoch, action.seq, received_at)
+            if transfer.event is not None and (at := self._clock.time_of(transfer.event)) is not None:
+                self._timeline.received(action.epoch, action.seq, at)
             return Unpacked(action.peer, action.epoch, action.seq, is_ok)
 
         return finish

@@ -30,8 +30,8 @@ class Transfer(Protocol):
     def follow(self) -> None:
         """What the caller launches on its current stream from now on comes after the transfer.
 
-        Returns at once on CUDA, where a failure shows in `wait`, and at the transfer's end elsewhere. From any thread;
-        raises as `wait` does.
+        Returns at once where there is an `event`, and a failure then shows in `wait`; else at the transfer's end. From
+        any thread; raises as `wait` does.
         """
         ...
 

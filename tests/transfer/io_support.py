@@ -19,7 +19,18 @@ from torch.distributed.distributed_c10d import Store
 
 from baton.engine.kv_layout import KVLayout
 from kv_transfer.connection import DECODE_RANK, PREFILL_RANK, connect
-from kv_transfer.events import AttemptKey, Pack, Packed, Received, SendDone, StartRecv, StartSend, Unpack, Unpacked
+from kv_transfer.events import (
+    AttemptKey,
+    Pack,
+    Packed,
+    PeerLost,
+    Received,
+    SendDone,
+    StartRecv,
+    StartSend,
+    Unpack,
+    Unpacked,
+)
 from kv_transfer.messages import LeaseKey, Segment
 from kv_transfer.packing import TorchPacker
 from kv_transfer.receiver import RecvEvent, RecvLink
@@ -183,6 +194,12 @@ def linked_pair(operation_timeout_s: float = 5.0) -> Iterator[tuple[DecodeEnd, P
             with ThreadPoolExecutor(2) as pool:
                 for closed in [pool.submit(end.link.close) for end in ends]:
                     closed.result(WAIT_S)
+
+
+def lost(events: queue.Queue[SendEvent] | queue.Queue[RecvEvent], timeout_s: float = WAIT_S) -> PeerLost:
+    event = events.get(timeout=timeout_s)
+    assert isinstance(event, PeerLost)
+    return event
 
 
 def listening_addresses() -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import subprocess
 import sys
 import threading
@@ -14,13 +13,10 @@ import pytest
 import torch
 
 from kv_transfer.connection import DECODE_RANK, connect
-from kv_transfer.events import Pack, Packed, PeerLost, SendDone, StartRecv, StartSend
+from kv_transfer.events import Pack, Packed, SendDone, StartRecv, StartSend
 from kv_transfer.messages import LeaseKey, Segment
 from kv_transfer.packing import TorchPacker
-from kv_transfer.receiver import RecvEvent
 from kv_transfer.rendezvous import StoreServer
-from kv_transfer.sender import SendEvent
-from kv_transfer.transport import TransferError
 from tests.transfer.io_support import (
     ATTEMPT,
     CPU,
@@ -31,6 +27,7 @@ from tests.transfer.io_support import (
     PrefillEnd,
     gloo_pair,
     linked_pair,
+    lost,
 )
 
 torch.set_num_threads(1)
@@ -140,37 +137,6 @@ def test_packing_goes_on_while_a_send_waits_for_its_receiver() -> None:
         prefill.sent(0)
 
 
-def test_receives_complete_in_the_order_in_which_they_were_posted() -> None:
-    with linked_pair() as (decode, prefill):
-        for seq in range(3):
-            prefill.pack(seq, seq, SEGMENT, SOURCE, LEASE)
-        for seq in range(3):
-            decode.start_recv(seq, seq, SEGMENT)
-        for seq in range(3):
-            prefill.start_send(seq, seq, SEGMENT)
-        for seq in range(3):
-            decode.received(seq)
-            prefill.sent(seq)
-
-
-def test_an_unpack_may_be_asked_for_before_the_data_is_there() -> None:
-    with linked_pair() as (decode, prefill):
-        packed = [prefill.pack(seq, seq, SEGMENT, [seq, seq + 3, seq + 6], LEASE).fingerprints for seq in range(3)]
-        for seq, fingerprints in enumerate(packed):
-            decode.start_recv(seq, seq, SEGMENT)
-            decode.ask_unpack(seq, seq, SEGMENT, [3 * seq, 3 * seq + 1, 3 * seq + 2], LEASE, fingerprints)
-        with pytest.raises(queue.Empty):
-            decode.events.get(timeout=0.1)
-        for seq in range(3):
-            prefill.start_send(seq, seq, SEGMENT)
-        for seq in range(3):
-            assert decode.unpacked(seq)
-            target, source = [3 * seq, 3 * seq + 1, 3 * seq + 2], [seq, seq + 3, seq + 6]
-            assert torch.equal(decode.cache[1:3][:, :, target], prefill.cache[1:3][:, :, source])
-        assert decode.events.empty()
-        assert decode.staging.in_use == 0
-
-
 def test_operations_run_in_the_order_of_their_start_whoever_is_waited_for_first() -> None:
     with gloo_pair() as (receiving, sending), ThreadPoolExecutor(1) as pool:
         first, second = (torch.zeros(4, dtype=torch.uint8) for _ in range(2))
@@ -201,12 +167,6 @@ def test_an_unpack_of_what_was_never_received_is_refused() -> None:
         decode.ask_unpack(0, 0, SEGMENT, TARGET, LEASE, fingerprints)
         assert "was not received" in lost(decode.events).reason
         assert_untouched(decode)
-
-
-def lost(events: queue.Queue[SendEvent] | queue.Queue[RecvEvent], timeout_s: float = WAIT_S) -> PeerLost:
-    event = events.get(timeout=timeout_s)
-    assert isinstance(event, PeerLost)
-    return event
 
 
 def test_a_lost_peer_is_reported_once_and_later_jobs_are_dropped() -> None:
@@ -332,87 +292,3 @@ def test_close_returns_only_after_the_copy_in_progress() -> None:
         closed.result(WAIT_S)
         assert prefill.staging.in_use == 0
         assert not any(isinstance(event, Packed | SendDone) for event in list(prefill.events.queue))
-
-
-# ---- several operations in flight
-
-
-class _Held:
-    """A transfer that ends when the test says so, and fails if it says that."""
-
-    event = None
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.failure = ""
-
-    def follow(self) -> None:
-        """As on CUDA: what follows is ordered behind it by the device."""
-
-    def wait(self) -> None:
-        assert self.done.wait(WAIT_S)
-        if self.failure:
-            raise TransferError(self.failure)
-
-
-class _HoldingTransport:
-    """Starts everything at once and ends nothing by itself."""
-
-    def __init__(self) -> None:
-        self.started: queue.Queue[_Held] = queue.Queue()
-
-    def start_send(self, buffer: torch.Tensor) -> _Held:
-        held = _Held()
-        self.started.put(held)
-        return held
-
-    start_recv = start_send
-
-    def close(self) -> None:
-        pass
-
-
-def test_a_send_starts_before_the_one_before_has_ended() -> None:
-    transport = _HoldingTransport()
-    prefill = PrefillEnd(transport)
-    for seq in range(2):
-        prefill.pack(seq, seq, SEGMENT, SOURCE, LEASE)
-        prefill.start_send(seq, seq, SEGMENT)
-    first, second = transport.started.get(timeout=WAIT_S), transport.started.get(timeout=WAIT_S)
-    second.done.set()
-    assert prefill.staging.in_use == 2
-    first.done.set()
-    prefill.sent(0)
-    prefill.sent(1)
-    prefill.link.close()
-    assert prefill.staging.in_use == 0
-
-
-def test_close_waits_for_what_was_started_and_reports_none_of_it() -> None:
-    transport = _HoldingTransport()
-    decode = DecodeEnd(transport)
-    decode.start_recv(0, 0, SEGMENT)
-    held = transport.started.get(timeout=WAIT_S)
-    closing = threading.Thread(target=decode.link.close)
-    closing.start()
-    closing.join(0.1)
-    assert closing.is_alive()
-    held.done.set()
-    closing.join(WAIT_S)
-    assert not closing.is_alive()
-    assert decode.events.empty()
-    assert decode.staging.in_use == 0
-
-
-def test_of_an_aborted_receive_there_is_no_verdict() -> None:
-    transport = _HoldingTransport()
-    decode = DecodeEnd(transport)
-    decode.start_recv(0, 0, SEGMENT)
-    decode.ask_unpack(0, 0, SEGMENT, TARGET, LEASE, (0, 0, 0))
-    held = transport.started.get(timeout=WAIT_S)
-    held.failure = "aborted"
-    held.done.set()
-    assert lost(decode.events).reason == "aborted"
-    decode.link.close()
-    assert decode.events.empty()
-    assert decode.staging.in_use == 0
