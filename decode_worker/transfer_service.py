@@ -26,7 +26,7 @@ from kv_transfer.packing import make_packer
 from kv_transfer.receiver import RecvEvent, RecvLink
 from kv_transfer.rendezvous import StoreServer
 from kv_transfer.timeline import Timeline, clock_domain
-from kv_transfer.wire import Heartbeat, Hello, Refused, Welcome, WireError, decode_frame, parse_prefill_frame
+from kv_transfer.wire import VERSION, Heartbeat, Hello, Refused, Welcome, WireError, decode_frame, parse_prefill_frame
 from protos import transfer_pb2
 from protos.transfer_pb2_grpc import TransferServicer
 
@@ -76,8 +76,10 @@ class TransferService(TransferServicer):
         frames: PrefillFrames = aiter(request_iterator)
         hello = await self._read_hello(frames, context)
         differences = self._context.layout.differences(hello.layout)
+        if hello.version != VERSION:
+            differences.append(f"version of the hand-over: {VERSION} here, {hello.version} there")
         if differences:
-            message = f"KV layouts differ (decode here, prefill there): {'; '.join(differences)}"
+            message = f"workers differ (decode here, prefill there): {'; '.join(differences)}"
             logger.error("prefill worker %s is refused: %s", hello.worker_id, message)
             await context.write(decode_frame(Refused(message)))
             return

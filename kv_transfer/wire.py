@@ -22,6 +22,7 @@ from kv_transfer.messages import (
 )
 from kv_transfer.wire_fields import U32, U64, WireError, layout_proto, parse_layout, text, within
 from kv_transfer.wire_start import (
+    VERSION,
     Hello,
     Refused,
     Welcome,
@@ -33,6 +34,7 @@ from kv_transfer.wire_start import (
 from protos import transfer_pb2 as pb
 
 __all__ = [
+    "VERSION",
     "DecodeValue",
     "Heartbeat",
     "Hello",

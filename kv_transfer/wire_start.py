@@ -12,6 +12,9 @@ from kv_transfer.wire_fields import U16, U32, U64, layout_proto, one_of, parse_l
 from protos import transfer_pb2 as pb
 
 BACKENDS = ("gloo", "nccl")
+# Raised with every change by which two ends would misunderstand each other: of messages, of what fingerprints are made
+# of, of the order of operations. While a cluster is upgraded, workers of both kinds meet.
+VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class Hello:
     layout: KVLayout
     clock_domain: str = ""
     join_when_used: bool = False
+    version: int = VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class Welcome:
     slot_bytes: int
     backend: str
     join_when_used: bool = False
+    version: int = VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +60,14 @@ def hello_to_proto(hello: Hello) -> pb.TransferHello:
         layout=layout_proto(hello.layout),
         clock_domain=hello.clock_domain,
         join_when_used=hello.join_when_used,
+        version=hello.version,
     )
 
 
 def parse_hello(proto: pb.TransferHello) -> Hello:
     worker_id = text("TransferHello.worker_id", proto.worker_id)
-    return Hello(worker_id, parse_layout(proto.layout), proto.clock_domain, proto.join_when_used)
+    layout = parse_layout(proto.layout)
+    return Hello(worker_id, layout, proto.clock_domain, proto.join_when_used, proto.version)
 
 
 def welcome_to_proto(welcome: Welcome) -> pb.TransferWelcome:
@@ -74,6 +81,7 @@ def welcome_to_proto(welcome: Welcome) -> pb.TransferWelcome:
         slot_bytes=welcome.slot_bytes,
         backend=welcome.backend,
         join_when_used=welcome.join_when_used,
+        version=welcome.version,
     )
 
 
@@ -87,6 +95,7 @@ def parse_welcome(proto: pb.TransferWelcome) -> Welcome:
         proto.slot_bytes,
         proto.backend,
         proto.join_when_used,
+        proto.version,
     )
     _check_welcome(welcome)
     return welcome

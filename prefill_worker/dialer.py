@@ -27,6 +27,7 @@ from kv_transfer.rendezvous import connect_store
 from kv_transfer.sender import SendEvent, SendLink
 from kv_transfer.timeline import clock_domain
 from kv_transfer.wire import (
+    VERSION,
     DecodeValue,
     Heartbeat,
     Hello,
@@ -113,10 +114,12 @@ class Dialer:
         match answer:
             case Refused(message):
                 raise PeerRefused(message)
-            case Welcome() if answer.worker_id == worker_id:
-                return answer
-            case Welcome():
+            case Welcome() if answer.worker_id != worker_id:
                 raise PeerUnreachable(f"{answer.worker_id} answers at this address")
+            case Welcome() if answer.version != VERSION:
+                raise PeerRefused(f"version of the hand-over: {VERSION} here, {answer.version} there")
+            case Welcome():
+                return answer
             case _:
                 raise PeerUnreachable(f"the peer answered hello with {type(answer).__name__}")
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/transfer.proto\x12\x08\x62\x61ton.v1\x1a\x13protos/worker.proto\"\x87\x02\n\x0cPrefillFrame\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.baton.v1.TransferHelloH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.baton.v1.ChunkH\x00\x12\"\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x10.baton.v1.CommitH\x00\x12\"\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x10.baton.v1.FinishH\x00\x12(\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x17.baton.v1.TransferAbortH\x00\x12\x30\n\theartbeat\x18\x06 \x01(\x0b\x32\x1b.baton.v1.TransferHeartbeatH\x00\x42\x07\n\x05\x66rame\"t\n\rTransferHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x06layout\x18\x02 \x01(\x0b\x32\x12.baton.v1.KVLayout\x12\x14\n\x0c\x63lock_domain\x18\x03 \x01(\t\x12\x16\n\x0ejoin_when_used\x18\x04 \x01(\x08\"\xdd\x01\n\x05\x43hunk\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x13\n\x0blayer_start\x18\x04 \x01(\r\x12\x11\n\tlayer_end\x18\x05 \x01(\r\x12\x13\n\x0b\x62lock_start\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x11\n\tnum_bytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x66ingerprints\x18\t \x03(\x06\x12\x19\n\x0cwritten_at_s\x18\n \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_written_at_s\"h\n\x06\x43ommit\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x12\n\nnum_chunks\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\"+\n\x06\x46inish\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"B\n\rTransferAbort\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"%\n\x11TransferHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\xa5\x02\n\x0b\x44\x65\x63odeFrame\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.baton.v1.TransferWelcomeH\x00\x12,\n\x07refused\x18\x02 \x01(\x0b\x32\x19.baton.v1.TransferRefusedH\x00\x12+\n\x0b\x63hunks_done\x18\x03 \x01(\x0b\x32\x14.baton.v1.ChunksDoneH\x00\x12(\n\tcommitted\x18\x04 \x01(\x0b\x32\x13.baton.v1.CommittedH\x00\x12(\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x17.baton.v1.TransferAbortH\x00\x12\x30\n\theartbeat\x18\x06 \x01(\x0b\x32\x1b.baton.v1.TransferHeartbeatH\x00\x42\x07\n\x05\x66rame\"\xa8\x01\n\x0fTransferWelcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x12\n\nstore_host\x18\x03 \x01(\t\x12\x12\n\nstore_port\x18\x04 \x01(\r\x12\x0e\n\x06window\x18\x05 \x01(\r\x12\x12\n\nslot_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x16\n\x0ejoin_when_used\x18\x08 \x01(\x08\"\"\n\x0fTransferRefused\x12\x0f\n\x07message\x18\x01 \x01(\t\"\x1d\n\nChunksDone\x12\x0f\n\x07through\x18\x01 \x01(\x04\".\n\tCommitted\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x32H\n\x08Transfer\x12<\n\x07\x43onnect\x12\x16.baton.v1.PrefillFrame\x1a\x15.baton.v1.DecodeFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/transfer.proto\x12\x08\x62\x61ton.v1\x1a\x13protos/worker.proto\"\x87\x02\n\x0cPrefillFrame\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.baton.v1.TransferHelloH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.baton.v1.ChunkH\x00\x12\"\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x10.baton.v1.CommitH\x00\x12\"\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x10.baton.v1.FinishH\x00\x12(\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x17.baton.v1.TransferAbortH\x00\x12\x30\n\theartbeat\x18\x06 \x01(\x0b\x32\x1b.baton.v1.TransferHeartbeatH\x00\x42\x07\n\x05\x66rame\"\x85\x01\n\rTransferHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x06layout\x18\x02 \x01(\x0b\x32\x12.baton.v1.KVLayout\x12\x14\n\x0c\x63lock_domain\x18\x03 \x01(\t\x12\x16\n\x0ejoin_when_used\x18\x04 \x01(\x08\x12\x0f\n\x07version\x18\x05 \x01(\r\"\xdd\x01\n\x05\x43hunk\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\r\n\x05lease\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x13\n\x0blayer_start\x18\x04 \x01(\r\x12\x11\n\tlayer_end\x18\x05 \x01(\r\x12\x13\n\x0b\x62lock_start\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x11\n\tnum_bytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x66ingerprints\x18\t \x03(\x06\x12\x19\n\x0cwritten_at_s\x18\n \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_written_at_s\"h\n\x06\x43ommit\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x12\n\nnum_chunks\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\"+\n\x06\x46inish\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"B\n\rTransferAbort\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"%\n\x11TransferHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\xa5\x02\n\x0b\x44\x65\x63odeFrame\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.baton.v1.TransferWelcomeH\x00\x12,\n\x07refused\x18\x02 \x01(\x0b\x32\x19.baton.v1.TransferRefusedH\x00\x12+\n\x0b\x63hunks_done\x18\x03 \x01(\x0b\x32\x14.baton.v1.ChunksDoneH\x00\x12(\n\tcommitted\x18\x04 \x01(\x0b\x32\x13.baton.v1.CommittedH\x00\x12(\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x17.baton.v1.TransferAbortH\x00\x12\x30\n\theartbeat\x18\x06 \x01(\x0b\x32\x1b.baton.v1.TransferHeartbeatH\x00\x42\x07\n\x05\x66rame\"\xb9\x01\n\x0fTransferWelcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x12\n\nstore_host\x18\x03 \x01(\t\x12\x12\n\nstore_port\x18\x04 \x01(\r\x12\x0e\n\x06window\x18\x05 \x01(\r\x12\x12\n\nslot_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x16\n\x0ejoin_when_used\x18\x08 \x01(\x08\x12\x0f\n\x07version\x18\t \x01(\r\"\"\n\x0fTransferRefused\x12\x0f\n\x07message\x18\x01 \x01(\t\"\x1d\n\nChunksDone\x12\x0f\n\x07through\x18\x01 \x01(\x04\".\n\tCommitted\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x32H\n\x08Transfer\x12<\n\x07\x43onnect\x12\x16.baton.v1.PrefillFrame\x1a\x15.baton.v1.DecodeFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,28 +34,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLFRAME']._serialized_start=57
   _globals['_PREFILLFRAME']._serialized_end=320
-  _globals['_TRANSFERHELLO']._serialized_start=322
-  _globals['_TRANSFERHELLO']._serialized_end=438
-  _globals['_CHUNK']._serialized_start=441
-  _globals['_CHUNK']._serialized_end=662
-  _globals['_COMMIT']._serialized_start=664
-  _globals['_COMMIT']._serialized_end=768
-  _globals['_FINISH']._serialized_start=770
-  _globals['_FINISH']._serialized_end=813
-  _globals['_TRANSFERABORT']._serialized_start=815
-  _globals['_TRANSFERABORT']._serialized_end=881
-  _globals['_TRANSFERHEARTBEAT']._serialized_start=883
-  _globals['_TRANSFERHEARTBEAT']._serialized_end=920
-  _globals['_DECODEFRAME']._serialized_start=923
-  _globals['_DECODEFRAME']._serialized_end=1216
-  _globals['_TRANSFERWELCOME']._serialized_start=1219
-  _globals['_TRANSFERWELCOME']._serialized_end=1387
-  _globals['_TRANSFERREFUSED']._serialized_start=1389
-  _globals['_TRANSFERREFUSED']._serialized_end=1423
-  _globals['_CHUNKSDONE']._serialized_start=1425
-  _globals['_CHUNKSDONE']._serialized_end=1454
-  _globals['_COMMITTED']._serialized_start=1456
-  _globals['_COMMITTED']._serialized_end=1502
-  _globals['_TRANSFER']._serialized_start=1504
-  _globals['_TRANSFER']._serialized_end=1576
+  _globals['_TRANSFERHELLO']._serialized_start=323
+  _globals['_TRANSFERHELLO']._serialized_end=456
+  _globals['_CHUNK']._serialized_start=459
+  _globals['_CHUNK']._serialized_end=680
+  _globals['_COMMIT']._serialized_start=682
+  _globals['_COMMIT']._serialized_end=786
+  _globals['_FINISH']._serialized_start=788
+  _globals['_FINISH']._serialized_end=831
+  _globals['_TRANSFERABORT']._serialized_start=833
+  _globals['_TRANSFERABORT']._serialized_end=899
+  _globals['_TRANSFERHEARTBEAT']._serialized_start=901
+  _globals['_TRANSFERHEARTBEAT']._serialized_end=938
+  _globals['_DECODEFRAME']._serialized_start=941
+  _globals['_DECODEFRAME']._serialized_end=1234
+  _globals['_TRANSFERWELCOME']._serialized_start=1237
+  _globals['_TRANSFERWELCOME']._serialized_end=1422
+  _globals['_TRANSFERREFUSED']._serialized_start=1424
+  _globals['_TRANSFERREFUSED']._serialized_end=1458
+  _globals['_CHUNKSDONE']._serialized_start=1460
+  _globals['_CHUNKSDONE']._serialized_end=1489
+  _globals['_COMMITTED']._serialized_start=1491
+  _globals['_COMMITTED']._serialized_end=1537
+  _globals['_TRANSFER']._serialized_start=1539
+  _globals['_TRANSFER']._serialized_end=1611
 # @@protoc_insertion_point(module_scope)

@@ -73,11 +73,14 @@ class TransferHello(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     CLOCK_DOMAIN_FIELD_NUMBER: _builtins.int
     JOIN_WHEN_USED_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     clock_domain: _builtins.str
     """names the monotonic clock; equal on one machine"""
     join_when_used: _builtins.bool
     """the process group shall be made at the first chunk and not now"""
+    version: _builtins.int
+    """of the hand-over: messages, fingerprints, order of operations; equal at both ends"""
     @_builtins.property
     def layout(self) -> _worker_pb2.KVLayout: ...
     def __init__(
@@ -87,10 +90,11 @@ class TransferHello(_message.Message):
         layout: _worker_pb2.KVLayout | None = ...,
         clock_domain: _builtins.str = ...,
         join_when_used: _builtins.bool = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_domain", b"clock_domain", "join_when_used", b"join_when_used", "layout", b"layout", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_domain", b"clock_domain", "join_when_used", b"join_when_used", "layout", b"layout", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,6 +314,7 @@ class TransferWelcome(_message.Message):
     SLOT_BYTES_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
     JOIN_WHEN_USED_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.str
     """prefix of the pair's keys in the store"""
@@ -323,6 +328,8 @@ class TransferWelcome(_message.Message):
     """"gloo" or "nccl" """
     join_when_used: _builtins.bool
     """whether it is: one of the ends wants that"""
+    version: _builtins.int
+    """see TransferHello"""
     def __init__(
         self,
         *,
@@ -334,10 +341,11 @@ class TransferWelcome(_message.Message):
         slot_bytes: _builtins.int = ...,
         backend: _builtins.str = ...,
         join_when_used: _builtins.bool = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "epoch", b"epoch", "join_when_used", b"join_when_used", "slot_bytes", b"slot_bytes", "store_host", b"store_host", "store_port", b"store_port", "window", b"window", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "epoch", b"epoch", "join_when_used", b"join_when_used", "slot_bytes", b"slot_bytes", "store_host", b"store_host", "store_port", b"store_port", "version", b"version", "window", b"window", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -137,6 +137,20 @@ async def test_nothing_is_left_after_the_workers_have_stopped(model: Path) -> No
 # ---- what does not begin
 
 
+@pytest.mark.parametrize(
+    ("module", "ours", "theirs"), [("decode_worker.transfer_service", 2, 1), ("prefill_worker.dialer", 3, 1)]
+)
+async def test_workers_of_another_version_are_refused_and_named(
+    model: Path, monkeypatch: pytest.MonkeyPatch, module: str, ours: int, theirs: int
+) -> None:
+    """In a cluster that is being upgraded: what they would send each other would not be understood."""
+    monkeypatch.setattr(f"{module}.VERSION", ours)
+    async with cluster(config(model)) as workers:
+        await workers.want_connection()
+        refused = await workers.peer_state("refused")
+        assert f"version of the hand-over: {ours} here, {theirs} there" in refused.message
+
+
 async def test_other_layouts_are_refused_and_named(model: Path, tmp_path: Path) -> None:
     other = make_tiny_llama(tmp_path / "other", seed=1)
     engine = EngineConfig(block_size=32, num_blocks=64)

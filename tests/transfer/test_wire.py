@@ -32,7 +32,7 @@ U32, U64 = (1 << 32) - 1, (1 << 64) - 1
 LAYOUT = KVLayout("abc", "bfloat16", 16, 32, 8, 128)
 CHUNK = Chunk(5, LeaseKey(1, 2), Segment(0, 4, 8, 10), 4096, (1, U64))
 COMMIT = Commit(LeaseKey(1, 2), 100, 7, 42)
-WELCOME = Welcome("d0", "epoch-1", "127.0.0.1", 4000, 4, 1 << 20, "gloo")
+WELCOME = Welcome("d0", "epoch-1", "127.0.0.1", 4000, 4, 1 << 20, "gloo", version=7)
 
 u32 = st.integers(0, U32)
 u64 = st.integers(0, U64)
@@ -58,7 +58,7 @@ prefill_values = st.one_of(
     st.builds(Commit, leases, positive, u32, u32),
     st.builds(Finish, leases),
     aborts,
-    st.builds(Hello, text, layouts, st.text(max_size=10), st.booleans()),
+    st.builds(Hello, text, layouts, st.text(max_size=10), st.booleans(), st.integers(0, 2**32 - 1)),
     heartbeats,
 )
 decode_values = st.one_of(
