@@ -54,16 +54,21 @@ class Placement:
         return None
 
     async def _wait(self, ticket: int, facts: RequestFacts, choice: Decision | Wait) -> Decision:
-        no_worker_since = None
+        no_worker_since: float | None = None
         while isinstance(choice, Wait):
             now = self._clock.now()
-            no_worker_since = (no_worker_since or now) if choice.no_worker else None
+            if not choice.no_worker:
+                no_worker_since = None
+            elif no_worker_since is None:
+                no_worker_since = now
             patience_s = None if no_worker_since is None else self._patience_s(no_worker_since, now)
             try:
                 async with asyncio.timeout(patience_s):
                     await self._line.wait(ticket)
             except TimeoutError:
-                raise Unavailable(f"{choice.reason}, nor came up within {WORKER_WAIT_S:g} s") from None
+                waited_s = self._clock.now() - (now if no_worker_since is None else no_worker_since)
+                waited = f", nor came up within {waited_s:.0f} s" if waited_s >= 1 else ""
+                raise Unavailable(f"{choice.reason}{waited}") from None
             choice = self._choose(ticket, facts)
         return choice
 

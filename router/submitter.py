@@ -91,9 +91,12 @@ class Submitter:
         return tuple(prompt)
 
     def max_tokens(self, num_prompt_tokens: int, asked: int | None, default: int) -> int:
-        """As asked; the default shrinks to what the model has room for. Raises InvalidRequest."""
+        """As asked; the default shrinks to what the model has room for. Raises InvalidRequest.
+
+        Also a request for a report on the prompt alone draws a token.
+        """
         if asked is not None:
-            self.check_length(num_prompt_tokens, asked)
+            self.check_length(num_prompt_tokens, max(asked, 1))
             return asked
         self.check_length(num_prompt_tokens, 1)
         room = self.max_model_len - num_prompt_tokens

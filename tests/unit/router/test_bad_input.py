@@ -57,6 +57,7 @@ BAD: list[tuple[str, str | bytes, int, str | None]] = [
     ("token beyond 32 bits", body(prompt=[2**40]), 400, "prompt"),
     ("too many prompts", body(prompt=[[1]] * 129), 400, "prompt"),
     ("prompt too long", body(prompt=[1] * 513), 400, "prompt"),
+    ("report on a text that fills the model", body(prompt="a" * 512, echo=True, max_tokens=0), 400, "prompt"),
     ("text prompt too long", body(prompt="a" * 513), 400, "prompt"),
     ("prompt and max_tokens too long", body(max_tokens=510), 400, "max_tokens"),
     ("max_tokens as text", body(max_tokens="3"), 400, "max_tokens"),

@@ -136,6 +136,7 @@ async def test_without_any_worker_the_answer_is_503(served: Served) -> None:
     response = await ask(served)
     assert response.status_code == 503
     assert kind_and_code(response) == ("server_error", "service_unavailable")
+    assert response.json()["error"]["message"] == "no worker that could hold this request is attached"
 
 
 async def test_a_request_outlives_a_moment_without_members(workers: list[FakeWorker], served: Served) -> None:
