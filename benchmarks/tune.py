@@ -165,12 +165,14 @@ def decode(device: torch.device) -> Iterator[tuple[str, list[Call]]]:
         lens = torch.full((batch,), context, dtype=torch.int32, device=device)
         q = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
         out = torch.empty_like(q)
-        for block_n, warps, stages, per_sm, min_tiles in DECODE:
-            config = DecodeConfig(block_n, warps, stages, num_sms * per_sm // KV_HEADS, min_tiles)
+        arrived = torch.zeros(batch * KV_HEADS, dtype=torch.int32, device=device)
+        for (block_n, warps, stages, per_sm, min_tiles), last in product(DECODE, (False, True)):
+            config = DecodeConfig(block_n, warps, stages, num_sms * per_sm // KV_HEADS, min_tiles, last)
             calls: list[Call] = [
-                partial(decode_attention, q, kv, out, lens, tables, batch, SCALE, config) for kv in caches
+                partial(decode_attention, q, kv, out, lens, tables, batch, SCALE, config, arrived) for kv in caches
             ]
-            yield f"decode {batch} x {context} {(block_n, warps, stages, per_sm, min_tiles)}", calls
+            merged = " merged by the last" if last else ""
+            yield f"decode {batch} x {context} {(block_n, warps, stages, per_sm, min_tiles)}{merged}", calls
 
 
 def prefill(device: torch.device) -> Iterator[tuple[str, list[Call]]]:

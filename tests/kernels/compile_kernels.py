@@ -39,7 +39,7 @@ POINTERS = {
     **dict.fromkeys(("records_ptr", "draws_ptr", "input_ids_ptr"), "*i64"),
     "tables_ptr": "*i32",
     **dict.fromkeys(("cu_seqlens_q_ptr", "context_lens_ptr", "block_tables_ptr"), "*i32"),
-    **dict.fromkeys(("limit_ptr", "last_token_ptr", "best_token_ptr", "segment_ptr"), "*i32"),
+    **dict.fromkeys(("limit_ptr", "last_token_ptr", "best_token_ptr", "segment_ptr", "arrived_ptr"), "*i32"),
     **dict.fromkeys(("positions_ptr", "slot_mapping_ptr", "block_ids_ptr", "sums_ptr", "salts_ptr"), "*i64"),
     **dict.fromkeys(("top_k_ptr", "seed_ptr", "choice_ptr", "position_ptr", "token_ptr"), "*i64"),
     **dict.fromkeys(("partial_ptr", "lse_ptr", "cos_sin_ptr", "maxima_ptr", "temperature_ptr", "top_p_ptr"), "*fp32"),
@@ -94,12 +94,16 @@ def attention(tuning: Tuning, head_dim: int, block_size: int, group: int, dtype:
         "PRECISION": precision,
     }
     prefill = tuning.prefill(head_dim, real)
-    for num_seqs_pad in (0, 16):
+    is_usual = (head_dim, block_size) == (128, 16)
+    for num_seqs_pad in (0, 16) if is_usual else (0,):
         constants = {**common, "NUM_SEQS_PAD": num_seqs_pad, "BLOCK_M": prefill.block_m, "BLOCK_N": prefill.block_n}
         yield Variant(prefill_attention_kernel, constants, dtype, prefill.num_warps, prefill.num_stages)
     decode = tuning.decode(head_dim, 8, real)
     constants = {**common, "GROUP_PAD": 16, "NUM_HEADS": 8 * group, "BLOCK_N": decode.block_n, "NUM_SEQS_PAD": 128}
-    yield Variant(decode_attention_kernel, constants, dtype, decode.num_warps, decode.num_stages)
+    constants["GROUP_MERGE"] = triton.next_power_of_2(group)
+    for merge_tile in (0, 8) if is_usual else (0,):
+        constants = {**constants, "MERGE_TILE": merge_tile}
+        yield Variant(decode_attention_kernel, constants, dtype, decode.num_warps, decode.num_stages)
 
 
 def small_kernels(dtype: str) -> Iterator[Variant]:

@@ -62,7 +62,9 @@ def calls() -> Iterator[Callable[[], object]]:
     prefill = PrefillConfig(32, 16, 4, 2)
     for max_new_tokens in (0, 5):
         yield partial(prefill_attention, *attention, ints(2), ints(1), ints(1, 4), 0, 3, 0.1, prefill, max_new_tokens)
-    yield partial(decode_attention, *attention, ints(3), ints(3, 4), 3, 0.1, DecodeConfig(16, 4, 2, 4, 1))
+    for merges_last in (False, True):
+        decode = DecodeConfig(16, 4, 2, 4, 1, merges_last)
+        yield partial(decode_attention, *attention, ints(3), ints(3, 4), 3, 0.1, decode, ints(6))
     for splits in (1, 2):
         yield partial(few_linear, x, weight, bias, FewConfig(32, 32, 4, 2, splits))
     yield partial(few_gated_linear, x, weight, FewConfig(32, 32, 4, 2, 1))

@@ -24,13 +24,17 @@ class PrefillConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """`programs` bounds the splits per KV head (beyond one per sequence); a split has at least `min_tiles` tiles."""
+    """`programs` bounds the splits per KV head (beyond one per sequence); a split has at least `min_tiles` tiles.
+
+    `merges_last`: the program that ends last among a sequence's splits merges them, not a kernel of its own.
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
     programs: int
     min_tiles: int
+    merges_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,9 @@ _HALF_DECODE: Final = MappingProxyType(
 )
 _FLOAT32_DECODE: Final = ((32, 4, 2, 4, 2), (32, 4, 2, 4, 2), (16, 4, 2, 4, 2))
 
+
+# Generations on which the last program of a sequence merges its splits. Awaits a measurement.
+_MERGES_LAST: Final = frozenset[int]()
 
 # One row only: with more, cuBLAS is faster. Long rows of a weight are read in longer pieces.
 _THIN: Final = MappingProxyType({9: (ThinConfig(16, 256, 4, 4), ThinConfig(8, 512, 4, 4))})
@@ -173,7 +180,8 @@ class Tuning:
         rows = _HALF_DECODE[self.generation] if dtype.itemsize == 2 else _FLOAT32_DECODE
         block_n, num_warps, num_stages, per_sm, min_tiles = rows[_row(head_dim)]
         programs = max(1, self.num_sms * per_sm // num_kv_heads)
-        return DecodeConfig(block_n, num_warps, num_stages, programs, min_tiles)
+        merges_last = self.generation in _MERGES_LAST
+        return DecodeConfig(block_n, num_warps, num_stages, programs, min_tiles, merges_last)
 
 
 def _row(head_dim: int) -> int:

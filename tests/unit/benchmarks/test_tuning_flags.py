@@ -9,7 +9,7 @@ import torch
 
 from baton.common.errors import ConfigError
 from baton.engine.kernels.tuning import FewConfig, Tuning
-from benchmarks.engine.tuning_rows import few_rows, parsed
+from benchmarks.engine.tuning_rows import parsed, tried
 
 CPU = torch.device("cpu")
 
@@ -19,11 +19,13 @@ def test_rows_count_while_they_are_tried() -> None:
     tuning = Tuning.of(CPU)
     assert tuning.few(8, weight, "qkv") is None, "not measured yet"
     before = tuning.few(8, weight, "parts")
-    with few_rows(["16 qkv 64 128 4 4 2", "16 short 64 64 4 4 1"], CPU):
+    with tried(["16 qkv 64 128 4 4 2", "16 short 64 64 4 4 1"], True, CPU):
+        assert tuning.decode(128, 8, torch.bfloat16).merges_last
         assert tuning.few(8, weight, "qkv") == FewConfig(64, 128, 4, 4, 2)
         assert tuning.few(8, weight, "parts") == FewConfig(64, 64, 4, 4, 1)
     assert tuning.few(8, weight, "qkv") is None
     assert tuning.few(8, weight, "parts") == before
+    assert not tuning.decode(128, 8, torch.bfloat16).merges_last
     for text in ("", "16 qkv", "x qkv 1 2 3 4 5", "16 qkv 1 2 3 4 5 6"):
         with pytest.raises(ConfigError, match="five numbers"):
             parsed(text)
