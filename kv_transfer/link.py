@@ -1,8 +1,8 @@
 """What both ends of a KV connection share: two lanes per epoch, one that copies and one that drives the wire.
 
 With two lanes, packing chunk n + 1 overlaps sending chunk n, and unpacking chunk n overlaps receiving chunk n + 1. One
-thread starts the jobs of both, in the order in which they were asked for, and the next before the one before has ended:
-each lane has a thread that waits for its ends, in the same order.
+thread starts the jobs of both, those of the wire first, each lane's in the order in which they were asked for, and the
+next before the one before has ended: each lane has a thread that waits for its ends, in the same order.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Link(Generic[E]):
             if self._stopped.is_set():
                 return
             if self._staging.hold(action.slot, action.epoch):
-                self._starts.submit(partial(self._start, lane, action, start))
+                self._starts.submit(partial(self._start, lane, action, start), is_urgent=lane is self._wire)
             else:
                 self._lose(action, f"slot {action.slot} is still in use by an epoch before")
 
