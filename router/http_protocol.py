@@ -1,8 +1,8 @@
 """uvicorn's h11 protocol with bounds on what a client may cost: turns of the event loop, and what it does not read.
 
 h11 is pure Python and takes some ten microseconds per line: a packet full of chunks of one byte would stop the loop for
-seconds. Such packets are fed in slices, one per turn. A client that takes nothing of a full buffer for STALLED_CLIENT_S
-is cut off, whatever it had asked for. Used by server.py.
+seconds. Such packets are fed in slices, one per turn. A request must be whole REQUEST_S after its connection or its
+first byte came. A client that takes nothing of a full buffer for STALLED_CLIENT_S is cut off. Used by server.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from router.openai_errors import error_body
 
+REQUEST_S = 60.0
 STALLED_CLIENT_S = 30.0
 _SLICE: Final = 2048  # bytes: at most 341 chunks
 _MAX_LINES: Final = 64
@@ -29,6 +30,11 @@ class BoundedH11Protocol(H11Protocol):
     _refused = False
     _unsent = 0
     _stall_check: asyncio.TimerHandle | None = None
+    _request_check: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_request()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -40,11 +46,36 @@ class BoundedH11Protocol(H11Protocol):
         else:
             self._pending = data
             self._feed()
+        self._watch_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pending = b""
         self._stop_stall_check()
+        self._stop_request_check()
         super().connection_lost(exc)
+
+    def _watch_request(self) -> None:
+        """While a request is to come, or to be completed, its time runs."""
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._stop_request_check()
+        elif self._request_check is None:
+            self._request_check = asyncio.get_running_loop().call_later(REQUEST_S, self._give_up_request)
+
+    def _give_up_request(self) -> None:
+        """A connection on which nothing was said is closed without a word."""
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self.transport.close()
+        else:
+            self._refuse(408, f"the request was not whole after {REQUEST_S:g} s", "request_timeout")
+
+    def _stop_request_check(self) -> None:
+        if self._request_check is not None:
+            self._request_check.cancel()
+            self._request_check = None
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -85,16 +116,21 @@ class BoundedH11Protocol(H11Protocol):
             self.transport.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP is refused in the API's form, if an answer has not begun.
+        self._refuse(400, msg, "invalid_http")
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        """What is no whole HTTP request is refused in the API's form, if an answer has not begun.
 
         What the client still sends is read and dropped for a while: it would not see the answer otherwise.
         """
+        if self._refused or self.transport.is_closing():
+            return
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        content = json.dumps(error_body(msg, "invalid_request_error", None, "invalid_http")).encode()
+        content = json.dumps(error_body(message, "invalid_request_error", None, code)).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(content))), ("connection", "close")]
-        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=content), h11.EndOfMessage()):
+        for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=content), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self._refused = True
         if self.cycle is not None:

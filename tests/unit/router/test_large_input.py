@@ -15,11 +15,12 @@ from pydantic_core import to_json
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from baton.common.errors import InvalidRequest
+from router import http_protocol
 from router.prompt_shape import check_prompt
 from router.reader import pool
 from router.reader.bodies import read_fields, small_json, take_prompt
 from router.reader.frames import HEADER, decode_reply, encode_error, encode_reply
-from tests.support.fake_worker import FakeWorker, answer
+from tests.support.fake_worker import FakeWorker, answer, emit
 from tests.unit.router.conftest import MODEL, Served
 
 token_ids = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20)
@@ -150,3 +151,39 @@ async def test_what_is_no_http_is_refused_in_the_apis_form(served: Served, reque
     assert b" 400 " in status
     assert content["error"]["code"] == "invalid_http"
     assert (await served.http.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        b"",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{",
+        b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /health HTTP/1.1\r\n",
+    ],
+    ids=["nothing", "half a head", "half a body", "half of a second request"],
+)
+async def test_a_request_that_does_not_become_whole_is_given_up(
+    served: Served, monkeypatch: pytest.MonkeyPatch, part: bytes
+) -> None:
+    monkeypatch.setattr(http_protocol, "REQUEST_S", 0.2)
+    state = served.router._http.server_state
+    stream, writer = await asyncio.open_connection("127.0.0.1", served.router.http_port)
+    writer.write(part)
+    said = await asyncio.wait_for(stream.read(), 10)
+    assert (b" 408 " in said) == (b'"code": "request_timeout"' in said) == bool(part)
+    await served.until(lambda: not state.connections and not state.tasks)
+    writer.close()
+
+
+async def test_an_answer_may_take_longer_than_its_request_may(
+    workers: list[FakeWorker], served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "REQUEST_S", 0.1)
+    workers.append(FakeWorker("d0"))
+    await served.attach(*workers)
+    asking = asyncio.create_task(served.complete(max_tokens=2))
+    command = await workers[0].next_frame("generate")
+    await asyncio.sleep(0.3)
+    emit(workers[0], command.key, command.spec, 0, 2)
+    assert (await asking).status_code == 200
