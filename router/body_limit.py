@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from router.openai_errors import http_error
 
 _DISCARD_S = 2.0
+_DISCARD_BYTES = 128 * 1024 * 1024
 
 
 class _TooLarge(Exception):
@@ -57,17 +58,17 @@ class BodyLimit:
         return counted
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Some of the rest is read and thrown away first: a client that is still sending would not see the answer."""
+        """The rest is read and thrown away first, within bounds: a client that still sends would not see the answer."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(_discard(receive, 2 * self._max_bytes), _DISCARD_S)
+            await asyncio.wait_for(_discard(receive), _DISCARD_S)
         response = http_error(413, f"the body is larger than {self._max_bytes} bytes", "body_too_large")
         response.headers["connection"] = "close"
         await response(scope, receive, send)
 
 
-async def _discard(receive: Receive, max_bytes: int) -> None:
+async def _discard(receive: Receive) -> None:
     discarded = 0
-    while discarded < max_bytes:
+    while discarded < _DISCARD_BYTES:
         message = await receive()
         discarded += len(message.get("body", b""))
         if not message.get("more_body", False):

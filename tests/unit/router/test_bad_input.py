@@ -194,13 +194,15 @@ async def test_neutral_values_of_unsupported_fields_and_unknown_fields_are_accep
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_a_body_over_the_limit_is_refused_before_it_is_parsed(chunked: bool) -> None:
+@pytest.mark.parametrize("size", [4096, 1 << 25])
+async def test_a_body_over_the_limit_is_refused_before_it_is_parsed(chunked: bool, size: int) -> None:
+    """A client that sends all of a large one before it reads sees the answer, too."""
     async with serving(server={"max_body_bytes": 2048}) as served:
-        content = b'{"model":"fake","prompt":"' + b"a" * 4096
+        content, piece = b'{"model":"fake","prompt":"' + b"a" * size, max(size // 8, 512)
 
         async def pieces() -> Any:
-            for start in range(0, len(content), 512):
-                yield content[start : start + 512]
+            for start in range(0, len(content), piece):
+                yield content[start : start + piece]
 
         response = await served.http.post("/v1/completions", content=pieces() if chunked else content)
         assert response.status_code == 413
