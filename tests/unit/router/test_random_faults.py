@@ -1,4 +1,4 @@
-"""Random workers and random clients: whatever happens, tokens are right, and nothing stays behind in the router.
+"""Random workers and random clients: tokens are right, and nothing stays behind in the router or on a worker.
 
 A worker answers, answers in part and fails, refuses, says everything twice, or hangs up; a client reads to the end or
 leaves at some time. What a complete stream says follows from its prompt alone.
@@ -26,11 +26,15 @@ PATIENCE_S = 20.0
 
 
 class Fickle:
-    """The script of all workers of a run; `decoders` by id, since a prefill worker's peers are named in commands."""
+    """The script of all workers of a run; `decoders` by id, since a prefill worker's peers are named in commands.
+
+    `ended` has the worker and key of attempts that a worker knows to be over.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.decoders: dict[str, FakeWorker] = {}
+        self.ended: set[tuple[str, str, int]] = set()
 
     def __call__(self, worker: FakeWorker, frame: wpb.RouterFrame) -> None:
         kind = frame.WhichOneof("frame")
@@ -43,37 +47,66 @@ class Fickle:
         elif kind == "prefill":
             self._prefill(worker, frame.prefill)
 
+    def not_ended(self, worker: FakeWorker) -> set[tuple[str, str, int]]:
+        """Attempts that a worker was told of on its last stream and would keep: nobody has ended or cancelled them."""
+        kept: set[tuple[str, str, int]] = set()
+        for frame in worker.frames:
+            kind = frame.WhichOneof("frame")
+            if kind == "hello":
+                kept.clear()
+            elif kind == "cancel":
+                kept.discard(name_of(worker, frame.cancel.key))
+            elif kind in ("open", "generate", "prefill"):
+                kept.add(name_of(worker, getattr(frame, kind).key))
+        return kept - self.ended
+
     def _open(self, worker: FakeWorker, key: wpb.AttemptKey) -> None:
         if self.rng.random() < 0.2:
-            worker.say(refused=wpb.Refused(key=key, code="busy", message="full", retry_after_s=0.01))
+            self._refuse(worker, key, "busy")
         else:
             for _ in range(self.rng.choice((1, 1, 2))):
                 worker.say(reserved=wpb.Reserved(key=key, lease=1, generation=1))
 
     def _prefill(self, worker: FakeWorker, command: wpb.PrefillCommand) -> None:
         if self.rng.random() < 0.15:
-            code = self.rng.choice(REFUSALS)
-            worker.say(refused=wpb.Refused(key=command.key, code=code, message="no", retry_after_s=0.01))
+            self._refuse(worker, command.key, self.rng.choice(REFUSALS))
             return
         speakers = [(worker, 0, 1), (self.decoders[command.decode_worker_id], 1, command.spec.max_tokens)]
         self.rng.shuffle(speakers)
         for speaker, start, stop in speakers:
             if start == 0:
                 emit(speaker, command.key, command.spec, 0, 1)
-            elif stop > 1:
-                self._tokens(speaker, command.key, command.spec, start)
+            elif stop > 1 and self._tokens(speaker, command.key, command.spec, start):
+                self.ended.add(name_of(worker, command.key))  # what decode says shows that the hand-over is complete
+        if command.spec.max_tokens == 1:
+            self.ended.add(name_of(worker, command.key))
 
-    def _tokens(self, worker: FakeWorker, key: wpb.AttemptKey, spec: wpb.RequestSpec, start: int) -> None:
-        """Some or all of them, some of them twice; a part is followed by a failure or by the end of the stream."""
+    def _refuse(self, worker: FakeWorker, key: wpb.AttemptKey, code: str) -> None:
+        self.ended.add(name_of(worker, key))
+        worker.say(refused=wpb.Refused(key=key, code=code, message="no", retry_after_s=0.01))
+
+    def _tokens(self, worker: FakeWorker, key: wpb.AttemptKey, spec: wpb.RequestSpec, start: int) -> int:
+        """Some or all of them, some of them twice; a part is followed by a failure or by the end of the stream.
+
+        Returns how many.
+        """
         rng = self.rng
         stop = spec.max_tokens if rng.random() < 0.6 else rng.randint(start, spec.max_tokens)
         emit(worker, key, spec, start, stop)
         if stop > start and rng.random() < 0.3:
             emit(worker, key, spec, start, rng.randint(start, stop))
-        if stop < spec.max_tokens and rng.random() < 0.8:
+        if stop == spec.max_tokens:
+            self.ended.add(name_of(worker, key))
+        elif rng.random() < 0.8:
+            self.ended.add(name_of(worker, key))
             worker.say(failed=wpb.AttemptFailed(key=key, code=rng.choice(FAILURES), message="x", retryable=True))
-        elif stop < spec.max_tokens:
+        else:
             worker.hang_up()
+        return stop - start
+
+
+def name_of(worker: FakeWorker, key: wpb.AttemptKey) -> tuple[str, str, int]:
+    return worker.hello.worker_id, key.request_id, key.attempt
 
 
 async def one_client(served: Served, rng: random.Random) -> str:
@@ -151,3 +184,5 @@ async def test_nothing_is_wrong_and_nothing_stays_behind(workers: list[FakeWorke
         for session in registry.sessions:
             assert (session.num_attempts, session.snapshot().queued_prefill_tokens) == (0, 0)
         assert not any(pair.probing for pair in registry.pairs.all())
+        for worker in workers:
+            await served.until(lambda worker=worker: not script.not_ended(worker))  # type: ignore[misc]
