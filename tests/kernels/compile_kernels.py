@@ -18,8 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from baton.engine.kernels.decode_attention import decode_attention_kernel, merge_splits_kernel
+from baton.engine.kernels.decode_attention import decode_attention_kernel
 from baton.engine.kernels.decode_inputs import decode_inputs_kernel
+from baton.engine.kernels.decode_splits import merge_splits_kernel
 from baton.engine.kernels.few_linear import few_linear_kernel
 from baton.engine.kernels.greedy import greedy_parts_kernel, greedy_winner_kernel
 from baton.engine.kernels.kv_pack import finish_fingerprints_kernel, move_blocks_kernel
