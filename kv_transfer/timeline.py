@@ -108,6 +108,7 @@ class Timeline:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[tuple[str, int], ChunkTimes] = {}
+        self._done: dict[str, int] = {}  # chunks whose credits are returned, by epoch
         self._leases: dict[int, _OpenLease] = {}
         self._chunks: deque[ChunkTimes] = deque(maxlen=REMEMBERED)
         self._hand_overs: deque[HandOverTimes] = deque(maxlen=REMEMBERED)
@@ -123,6 +124,8 @@ class Timeline:
 
     def announced(self, epoch: str, seq: int, lease: int, num_bytes: int, written_at: float | None, now: float) -> None:
         with self._lock:
+            if seq < self._done.get(epoch, 0) or (epoch, seq) in self._open:
+                return  # told twice
             self._open[epoch, seq] = ChunkTimes(seq, lease, num_bytes, announced_at=now, written_at=written_at)
             of_lease = self._leases.get(lease)
             if of_lease is None:
@@ -160,6 +163,7 @@ class Timeline:
     def done(self, epoch: str, through: int) -> None:
         """Credits of all chunks below `through` are returned. What was received and dropped is forgotten."""
         with self._lock:
+            self._done[epoch] = through
             for key in [key for key in self._open if key[0] == epoch and key[1] < through]:
                 del self._open[key]
 
@@ -195,6 +199,7 @@ class Timeline:
     def epoch_ended(self, epoch: str) -> None:
         """Chunks that it had in flight are forgotten."""
         with self._lock:
+            self._done.pop(epoch, None)
             self._open = {key: chunk for key, chunk in self._open.items() if key[0] != epoch}
 
     # ---- reading

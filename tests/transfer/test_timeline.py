@@ -56,6 +56,21 @@ def test_what_has_ended_is_not_kept() -> None:
     assert timeline._leases == {}
 
 
+def test_a_chunk_that_is_told_twice_counts_once_and_is_not_kept() -> None:
+    timeline = Timeline()
+    timeline.reserved(1)
+    for _ in range(2):
+        timeline.announced("e", 0, 1, 100, None, now=1.0)
+    timeline.verified("e", 0, now=2.0)
+    timeline.done("e", 1)
+    timeline.announced("e", 0, 1, 100, None, now=3.0)
+    assert timeline._open == {}
+    timeline.admissible(1, "r", 33, now=4.0)
+    assert timeline.hand_overs()[0].num_chunks == 1
+    timeline.epoch_ended("e")
+    assert timeline._done == {}
+
+
 def test_a_sample_on_a_bound_belongs_below_it() -> None:
     histogram = Histogram()
     for seconds in (BOUNDS_S[0], BOUNDS_S[0] * 1.01, 100.0):
