@@ -16,6 +16,8 @@ from baton.common.sampling import SamplingParams
 from baton.engine.attention import torch_reference
 from baton.engine.batch import Batch, PrefillSegment, ScheduledStep, build_batch
 from baton.engine.build import build_engine
+from baton.engine.cuda.graph_pool import Captured, Compute
+from baton.engine.cuda.prefill_graphs import PrefillGraphs
 from baton.engine.padded_layout import MAX_PREFILLS, Bucket, Buckets, PaddedLayout
 from baton.engine.padded_steps import PaddedSteps
 from baton.engine.request import Request
@@ -45,29 +47,34 @@ def greedy_tokens(logits: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(torch.where(logits.amax(-1).isfinite(), logits.argmax(-1), NOT_FINITE))
 
 
-class Uncaptured:
-    """A `PrefillPath` that computes what a graph would be captured of. Keeps what it launched."""
+class Recomputing:
+    """In place of a CUDA graph: replaying calls what was captured."""
+
+    def __init__(self, compute: Compute) -> None:
+        self.replay = compute
+
+
+class RecomputingPool:
+    """In place of a `GraphPool`."""
+
+    def capture(self, compute: Compute) -> Captured:
+        return Captured(Recomputing(compute), compute())  # type: ignore[arg-type]
+
+
+class Uncaptured(PrefillGraphs):
+    """Computes what the graphs would be captured of. Keeps what it launched."""
 
     def __init__(self, runner: Runner, max_num_seqs: int, max_blocks: int, limit: int = LIMIT) -> None:
-        self._steps = PaddedSteps(runner, greedy_tokens, limit, max_num_seqs, max_blocks)
+        steps = PaddedSteps(runner, greedy_tokens, limit, max_num_seqs, max_blocks)
+        super().__init__(steps, RecomputingPool())  # type: ignore[arg-type]
+        self.prepare()
         self.launched: list[tuple[int, int]] = []
         self.logits: list[torch.Tensor] = []
 
-    def measure(self) -> int:
-        return 0
-
-    def prepare(self) -> None:
-        pass
-
-    def takes(self, step: ScheduledStep) -> bool:
-        return self._steps.takes(step)
-
     def launch(self, step: ScheduledStep, batch: Batch) -> int:
-        bucket = self._steps.fill(step, batch)
-        logits = self._steps.compute(bucket)
-        num_drawn = self._steps.draw(step, batch, logits)
+        num_drawn = super().launch(step, batch)
         self.launched.append((len(step.decodes), step.num_prefill_tokens))
-        self.logits.append(logits[:num_drawn].clone())
+        self.logits.append(self._captured[self._steps.fill(step, batch)].output[:num_drawn].clone())
         return num_drawn
 
 
@@ -130,9 +137,9 @@ def test_bit_equal_logits(
 
     Products row by row, and decodes always as a batch: a BLAS takes other sums for other numbers of rows.
     """
+    harness, path = padded_harness(model_dir)
     monkeypatch.setattr(functional, "linear", product_by_rows)
     monkeypatch.setattr(torch_reference, "_PADDING_PER_SEQ", 10**6)
-    harness, path = padded_harness(model_dir)
     runner = harness.engine._runner
     step = make_step(decodes, prefills)
     runner.kv_cache.normal_(generator=torch.Generator().manual_seed(1))
