@@ -44,25 +44,25 @@ protos-fresh: .venv/.dev
 	@$(PART) protos-fresh 20 $(BIN)/python protos/generate.py --check
 
 unit: .venv/.dev
-	@$(PART) unit 260 $(PYTEST) tests/unit
+	@$(PART) unit 420 $(PYTEST) tests/unit
 
 kernels: .venv/.dev
 	@$(PART) kernels 180 $(PYTEST) tests/kernels
 
 transfer: .venv/.dev
-	@$(PART) transfer 140 $(PYTEST) tests/transfer --ignore=tests/transfer/test_mutants.py --ignore-glob=*/test_explorer* 
+	@$(PART) transfer 150 $(PYTEST) tests/transfer --ignore=tests/transfer/test_mutants.py --ignore-glob=*/test_explorer* 
 
 sampling: .venv/.dev
 	@$(PART) sampling 60 $(PYTEST) tests/sampling
 
 explorer: .venv/.dev
-	@$(PART) explorer 300 $(PYTEST) -s -m 'not slow' tests/transfer/test_explorer.py tests/transfer/test_explorer_reduction.py tests/transfer/test_mutants.py
+	@$(PART) explorer 400 $(PYTEST) -s -m 'not slow' tests/transfer/test_explorer.py tests/transfer/test_explorer_reduction.py tests/transfer/test_mutants.py
 
 cluster: .venv/.dev
 	@$(PART) cluster 240 $(PYTEST) tests/cluster
 
 chaos: .venv/.dev
-	@$(PART) chaos 180 $(PYTEST) tests/chaos
+	@$(PART) chaos 240 $(PYTEST) tests/chaos
 
 # Clients whose requirements exclude the server's live in an environment of their own (1.2 GB, most of it lm-eval's).
 .venv-clients/.installed: .venv/bin/python tests/clients/requirements.txt
