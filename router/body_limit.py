@@ -58,9 +58,13 @@ class BodyLimit:
         return counted
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The rest is read and thrown away first, within bounds: a client that still sends would not see the answer."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(_discard(receive), _DISCARD_S)
+        """The rest is read and thrown away first, within bounds: a client that still sends would not see the answer.
+
+        One that waits to be told to go on has sent nothing yet, and reading would tell it.
+        """
+        if not _waits_to_send(scope):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(_discard(receive), _DISCARD_S)
         response = http_error(413, f"the body is larger than {self._max_bytes} bytes", "body_too_large")
         response.headers["connection"] = "close"
         await response(scope, receive, send)
@@ -80,3 +84,7 @@ def _content_length(scope: Scope) -> int:
         if name == b"content-length" and value.isdigit():
             return int(value[:20])
     return 0
+
+
+def _waits_to_send(scope: Scope) -> bool:
+    return any(name == b"expect" and value.lower() == b"100-continue" for name, value in scope["headers"])

@@ -1,8 +1,9 @@
 """uvicorn's h11 protocol with bounds on what a client may cost: turns of the event loop, and what it does not read.
 
 h11 is pure Python and takes some ten microseconds per line: a packet full of chunks of one byte would stop the loop for
-seconds. Such packets are fed in slices, one per turn. A request must be whole REQUEST_S after its connection or its
-first byte came. A client that takes nothing of a full buffer for STALLED_CLIENT_S is cut off. Used by server.py.
+seconds. Such packets are fed in slices, one per turn. A request must be whole REQUEST_S after its first byte, which must
+come REQUEST_S after the connection. A client that takes nothing of a full buffer for STALLED_CLIENT_S is cut off. Used
+by server.py.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class BoundedH11Protocol(H11Protocol):
     _unsent = 0
     _stall_check: asyncio.TimerHandle | None = None
     _request_check: asyncio.TimerHandle | None = None
+    _has_begun = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -46,6 +48,7 @@ class BoundedH11Protocol(H11Protocol):
         else:
             self._pending = data
             self._feed()
+            return
         self._watch_request()
 
     def on_response_complete(self) -> None:
@@ -59,20 +62,33 @@ class BoundedH11Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch_request(self) -> None:
-        """While a request is to come, or to be completed, its time runs."""
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+        """While a request is to come, or to be completed, its time runs; it runs anew from the first byte."""
+        if not self._is_incomplete:
             self._stop_request_check()
-        elif self._request_check is None:
+            return
+        has_begun = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
+        if has_begun and not self._has_begun:
+            self._stop_request_check()
+        self._has_begun = has_begun
+        if self._request_check is None:
             self._request_check = asyncio.get_running_loop().call_later(REQUEST_S, self._give_up_request)
+
+    @property
+    def _is_incomplete(self) -> bool:
+        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
     def _give_up_request(self) -> None:
         """A connection on which nothing was said is closed without a word."""
-        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
-            self.transport.close()
-        else:
+        self._request_check = None
+        if not self._is_incomplete:
+            return
+        if self._has_begun:
             self._refuse(408, f"the request was not whole after {REQUEST_S:g} s", "request_timeout")
+        else:
+            self.transport.close()
 
     def _stop_request_check(self) -> None:
+        self._has_begun = False
         if self._request_check is not None:
             self._request_check.cancel()
             self._request_check = None
@@ -114,6 +130,7 @@ class BoundedH11Protocol(H11Protocol):
             asyncio.get_running_loop().call_soon(self._feed)
         elif not self.flow.read_paused:
             self.transport.resume_reading()
+        self._watch_request()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg, "invalid_http")

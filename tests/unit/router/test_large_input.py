@@ -15,7 +15,7 @@ from pydantic_core import to_json
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from baton.common.errors import InvalidRequest
-from router import http_protocol
+from router import body_limit, http_protocol
 from router.prompt_shape import check_prompt
 from router.reader import pool
 from router.reader.bodies import read_fields, small_json, take_prompt
@@ -167,6 +167,7 @@ async def test_a_request_that_does_not_become_whole_is_given_up(
     served: Served, monkeypatch: pytest.MonkeyPatch, part: bytes
 ) -> None:
     monkeypatch.setattr(http_protocol, "REQUEST_S", 0.2)
+    monkeypatch.setattr(http_protocol, "_DISCARD_S", 0.1)
     state = served.router._http.server_state
     stream, writer = await asyncio.open_connection("127.0.0.1", served.router.http_port)
     writer.write(part)
@@ -176,14 +177,38 @@ async def test_a_request_that_does_not_become_whole_is_given_up(
     writer.close()
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("num_lines", [0, 400], ids=["one line", "many lines"])
 async def test_an_answer_may_take_longer_than_its_request_may(
-    workers: list[FakeWorker], served: Served, monkeypatch: pytest.MonkeyPatch
+    workers: list[FakeWorker], served: Served, monkeypatch: pytest.MonkeyPatch, stream: bool, num_lines: int
 ) -> None:
+    """Many lines in one packet are fed in slices."""
     monkeypatch.setattr(http_protocol, "REQUEST_S", 0.1)
     workers.append(FakeWorker("d0"))
     await served.attach(*workers)
-    asking = asyncio.create_task(served.complete(max_tokens=2))
+    body = json.dumps({"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 2, "stream": stream}) + 10 * num_lines * " \n"
+    asking = asyncio.create_task(served.http.post("/v1/completions", content=body))
     command = await workers[0].next_frame("generate")
-    await asyncio.sleep(0.3)
-    emit(workers[0], command.key, command.spec, 0, 2)
-    assert (await asking).status_code == 200
+    emit(workers[0], command.key, command.spec, 0, 1)
+    await asyncio.sleep(0.2)
+    emit(workers[0], command.key, command.spec, 1, 2)
+    answered = await asking
+    assert answered.status_code == 200
+    assert not stream or answered.text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_request_has_its_time_from_its_first_byte_on(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "REQUEST_S", 0.3)
+    stream, writer = await asyncio.open_connection("127.0.0.1", served.router.http_port)
+    for part in (b"GET /health HTTP/1.1\r\n", b"host: x\r\n\r\n"):
+        await asyncio.sleep(0.2)
+        writer.write(part)
+    assert b" 200 " in await asyncio.wait_for(stream.readline(), 10)
+    writer.close()
+
+
+async def test_a_client_that_asks_first_whether_to_send_is_refused_at_once(served: Served) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 99999999\r\n\r\n"
+    status, content = await asyncio.wait_for(raw(served, head), body_limit._DISCARD_S / 2)
+    assert b" 413 " in status
+    assert content["error"]["code"] == "body_too_large"
