@@ -19,9 +19,9 @@ import torch.distributed
 from torch.distributed.distributed_c10d import Store
 
 from baton.common.errors import ConfigError
-from kv_transfer.transport import PairGroup, TransferError, first_line, run_bounded
+from kv_transfer.transport import PairGroup, TransferError, close_late, first_line, run_bounded
 
-MESSAGE_BYTES = 32 * 1024 * 1024  # the largest: what a pair may occupy the link with before another's turn
+MESSAGE_BYTES = 32 * 1024 * 1024  # the largest: what a pair launches before others may
 _TAG = 0
 _ABORT_TIMEOUT_S = 5.0
 _DRAIN_POLL_S = 0.001
@@ -47,14 +47,19 @@ def connect_nccl(
         raise ConfigError("transfer.backend", f"NCCL needs a CUDA build of torch and a GPU, not {device.type}")
 
     def join() -> NcclTransport:
-        with torch.cuda.device(device):
+        # A stream of its own: on the thread's default one the model's kernels would wait for the peer's byte.
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
             group = _make_group(factory, store, rank, device, connect_timeout_s, max_ctas, high_priority)
             transport = NcclTransport(group, 1 - rank, operation_timeout_s, launch_lock)
-            transport.exchange_first_byte(rank, device)
+            try:
+                transport.exchange_first_byte(rank, device)
+            except BaseException:
+                close_late(transport)
+                raise
         return transport
 
     # The communicator's set-up has no timeout of its own.
-    return run_bounded(join, connect_timeout_s, "NCCL connect")
+    return run_bounded(join, connect_timeout_s, "NCCL connect", close_late)
 
 
 def _make_group(
@@ -84,6 +89,7 @@ class NcclTransport:
     One of more than MESSAGE_BYTES is several messages, at both ends alike.
 
     `launch_lock` is shared by all transports of a device: NCCL orders launches by the program order of one host thread.
+    It is held for a message at a time.
     Whoever waits for an operation blocks in its completion event; a watchdog of our own aborts the communicator when
     the oldest operation is overdue, which makes the event fire.
     """
@@ -132,19 +138,25 @@ class NcclTransport:
         with self._launching:
             if self._group is None or self._aborted or self._closing.is_set():
                 raise TransferError(f"{name}: the connection is closed")
+            start = self._group.send if what == "send" else self._group.recv
             try:
-                with launch_order:
-                    start = self._group.send if what == "send" else self._group.recv
-                    for message in torch.split(buffer, MESSAGE_BYTES):
+                for message in torch.split(buffer, MESSAGE_BYTES):
+                    with launch_order:
                         start([message], self._peer, _TAG).wait()  # orders the current stream after it, blocks nothing
-                    done = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
-                    done.record()
+                return self._launched(name)
             except RuntimeError as error:
+                with suppress(RuntimeError):  # of a device that takes no event any more, nothing can be waited for
+                    self._launched(name)  # messages before the one that failed: `close` must wait for them too
                 self._abort()
                 raise TransferError(f"{name}: {first_line(error)}") from None
-            transfer = NcclTransfer(self, name, done, time.monotonic() + self._timeout_s)
-            self._in_flight.append(transfer)
-            return transfer
+
+    def _launched(self, name: str) -> NcclTransfer:
+        """What was launched on the current stream until now is in flight, under a name."""
+        done = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+        done.record()
+        transfer = NcclTransfer(self, name, done, time.monotonic() + self._timeout_s)
+        self._in_flight.append(transfer)
+        return transfer
 
     def finish(self, transfer: NcclTransfer) -> None:
         """Called by `NcclTransfer.wait` when its event has fired: by completion, or because of an abort."""

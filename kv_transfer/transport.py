@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from concurrent.futures import CancelledError, Future
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch.distributed import Work
 
 from baton.common.errors import BatonError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -75,28 +77,64 @@ class PairGroup(Protocol):
     def abort(self) -> None: ...
 
 
-def run_bounded(call: Callable[[], T], timeout_s: float, what: str) -> T:
-    """Run `call` on a thread of its own and give up on it after `timeout_s`.
+class BoundedCall(Generic[T]):
+    """A call on a thread of its own, that whoever waits for it may give up.
 
-    For calls into a communication library that may block for ever on a stopped peer. RuntimeError becomes
-    TransferError. The thread is a daemon: one that never returns must not keep the process alive.
+    For calls into a communication library that may block for ever on a stopped peer. The thread is a daemon: one that
+    never returns must not keep the process alive. What the call brings after it was given up goes to `discard`, there.
     """
-    outcome: Future[T] = Future()
 
-    def run() -> None:
+    def __init__(self, call: Callable[[], T], what: str, discard: Callable[[T], None] | None = None) -> None:
+        self._call = call
+        self._what = what
+        self._discard = discard
+        self._outcome: Future[T] = Future()
+        threading.Thread(target=self._run, name=f"bounded {what}", daemon=True).start()
+
+    def result(self, timeout_s: float | None = None) -> T:
+        """From any thread. After `timeout_s` it is given up. RuntimeError and giving up become TransferError."""
         try:
-            outcome.set_result(call())
-        except (RuntimeError, TransferError) as error:
-            outcome.set_exception(TransferError(f"{what}: {first_line(error)}"))
-        finally:
-            if not outcome.done():
-                outcome.set_exception(TransferError(f"{what}: ended without a result"))
+            return self._outcome.result(timeout_s)
+        except TimeoutError:
+            if not self.give_up():
+                return self._outcome.result()
+            raise TransferError(f"{self._what}: no result within {timeout_s} s") from None
+        except CancelledError:
+            raise TransferError(f"{self._what}: given up") from None
 
-    threading.Thread(target=run, name=f"bounded {what}", daemon=True).start()
+    def give_up(self) -> bool:
+        """Nobody waits any more: whoever does gets TransferError at once. False when the call has ended before."""
+        return self._outcome.cancel()
+
+    def _run(self) -> None:
+        try:
+            result = self._call()
+        except (RuntimeError, TransferError) as error:
+            self._fail(TransferError(f"{self._what}: {first_line(error)}"))
+        except BaseException as error:  # noqa: BLE001 (whoever waits gets it)
+            self._fail(error)
+        else:
+            if self._outcome.set_running_or_notify_cancel():
+                self._outcome.set_result(result)
+            elif self._discard is not None:
+                self._discard(result)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._outcome.set_running_or_notify_cancel():
+            self._outcome.set_exception(error)
+
+
+def run_bounded(call: Callable[[], T], timeout_s: float, what: str, discard: Callable[[T], None] | None = None) -> T:
+    """The result of a `BoundedCall`, at most `timeout_s` later. Raises TransferError."""
+    return BoundedCall(call, what, discard).result(timeout_s)
+
+
+def close_late(transport: PairTransport) -> None:
+    """Close a connection that came when nobody wanted it any more. It has touched no staging."""
     try:
-        return outcome.result(timeout_s)
-    except TimeoutError:
-        raise TransferError(f"{what}: no result within {timeout_s} s") from None
+        transport.close()
+    except TransferError as error:
+        logger.error("a connection that is not wanted any more could not be closed: %s", error)
 
 
 def first_line(error: BaseException) -> str:

@@ -235,6 +235,23 @@ def test_a_call_that_hangs_is_given_up() -> None:
     release.set()
 
 
+def test_what_a_call_brings_after_it_was_given_up_is_discarded() -> None:
+    release, discarded = threading.Event(), threading.Event()
+    with pytest.raises(TransferError, match="no result"):
+        run_bounded(lambda: release.wait(WAIT_S), 0.05, "joining", lambda _: discarded.set())
+    assert not discarded.is_set()
+    release.set()
+    assert discarded.wait(WAIT_S)
+
+
+def test_an_error_of_another_kind_is_told_as_it_is() -> None:
+    def fail() -> None:
+        raise ConfigError("transfer.backend", "is wrong")
+
+    with pytest.raises(ConfigError, match="is wrong"):
+        run_bounded(fail, 5.0, "counting")
+
+
 def test_a_bounded_call_gives_its_result_or_its_error() -> None:
     assert run_bounded(lambda: 5, 5.0, "counting") == 5
 

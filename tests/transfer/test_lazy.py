@@ -18,7 +18,7 @@ from baton.common.config import TransferConfig
 from baton.worker.join import ConnectedAhead
 from kv_transfer.connection import connect
 from kv_transfer.lazy import LazyTransport
-from kv_transfer.transport import PairTransport, TransferError
+from kv_transfer.transport import PairTransport, Transfer, TransferError
 from tests.support.worker_client import WorkerClient
 from tests.transfer.handover_cluster import Cluster, cluster, config, prompt, spec, worker
 from tests.transfer.io_support import WAIT_S
@@ -48,10 +48,56 @@ def test_close_ends_a_set_up_that_waits_for_its_peer() -> None:
         receive = pool.submit(transport.start_recv, BYTE)
         assert waiting.wait(WAIT_S)
         transport.close()
-        with pytest.raises(TransferError, match="cancelled"):
+        with pytest.raises(TransferError, match="given up"):
             receive.result(WAIT_S)
     with pytest.raises(TransferError, match="closed"):
         transport.start_send(BYTE)
+
+
+class Connected:
+    """A connection that came."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def start_send(self, buffer: torch.Tensor) -> Transfer:
+        raise TransferError("used")
+
+    start_recv = start_send
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_close_does_not_wait_for_a_set_up_that_no_longer_listens_and_what_it_brings_is_closed() -> None:
+    """As NCCL, whose set-up waits for a peer that was killed in it."""
+    waiting, peer_came, late = threading.Event(), threading.Event(), Connected()
+
+    def connect_deaf() -> PairTransport:
+        waiting.set()
+        assert peer_came.wait(WAIT_S)
+        return late
+
+    transport = LazyTransport(connect_deaf, threading.Event())
+    with ThreadPoolExecutor(1) as pool:
+        receive = pool.submit(transport.start_recv, BYTE)
+        assert waiting.wait(WAIT_S)
+        transport.close()
+        with pytest.raises(TransferError, match="given up"):
+            receive.result(WAIT_S)
+    assert not late.closed.is_set()
+    transport.close()
+    peer_came.set()
+    assert late.closed.wait(WAIT_S)
+
+
+def test_close_closes_the_connection_that_was_made() -> None:
+    made = Connected()
+    transport = LazyTransport(lambda: made, threading.Event())
+    with pytest.raises(TransferError, match="used"):
+        transport.start_recv(BYTE)
+    transport.close()
+    assert made.closed.is_set()
 
 
 def test_close_of_a_pair_that_was_never_used_makes_no_connection() -> None:
