@@ -119,7 +119,7 @@ class TransferService(TransferServicer):
     async def _join(self, hello: Hello, epoch: str, context: Any) -> Pair[transfer_pb2.DecodeFrame, RecvLink]:
         config, peer = self._context.config.transfer, hello.worker_id
         when_used = hello.join_when_used or not self._ahead.enter(epoch)
-        staging = self._pairs.staging(peer, config.window, config.slot_bytes, when_used)
+        staging = await self._pairs.staging(peer, config.window, config.slot_bytes, when_used)
         welcome = Welcome(
             self._context.worker_id,
             epoch,

@@ -1,20 +1,25 @@
 """The staging slots of one end of a connection: the only memory that a peer can write to.
 
 Slot numbers are handed out by the protocol; the pool owns the memory and knows which slots a transfer job is using, and
-of which epoch: no two epochs may touch one slot (invariant I1). `slot` is called on transfer threads, `in_use` on any.
+of which epoch: no two epochs may touch one slot (invariant I1). `allocate` and `slot` are called on threads that may
+block, the rest on any.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 
 from baton.common.errors import ConfigError
 from baton.engine.kv_layout import KVLayout
+from kv_transfer.transport import TransferError
 
+logger = logging.getLogger(__name__)
 _ALIGNMENT = 256
 
 
@@ -38,15 +43,27 @@ class StagingPool:
         self.slot_bytes = slot_bytes
         self.device = device
         self._memory: torch.Tensor | None = None
+        self._allocating = threading.Lock()  # not `_lock`, for which the asyncio thread waits
         self._holders: dict[int, _Holder] = {}
         self._lock = threading.Lock()
 
     def allocate(self) -> torch.Tensor:
-        """All slots: uint8 [num_slots, slot_bytes rounded up]."""
-        with self._lock:
+        """All slots: uint8 [num_slots, slot_bytes rounded up]. Raises TransferError when the memory is not there."""
+        with self._allocating:
             if self._memory is None:
-                self._memory = _zeros(self.num_slots, -(-self.slot_bytes // _ALIGNMENT) * _ALIGNMENT, self.device)
+                self._memory = self._allocated()
             return self._memory
+
+    def _allocated(self) -> torch.Tensor:
+        try:
+            return _zeros(self.num_slots, -(-self.slot_bytes // _ALIGNMENT) * _ALIGNMENT, self.device)
+        except torch.OutOfMemoryError as error:
+            reason = (
+                f"{self.device} has no memory for {self.num_slots} staging slots of {self.slot_bytes} bytes: raise "
+                "transfer.num_pairs, for which memory is set aside, or lower transfer.window or transfer.slot_bytes"
+            )
+            logger.error("%s: %s", reason, error)
+            raise TransferError(reason) from None
 
     def slot(self, index: int) -> torch.Tensor:
         """The whole slot: uint8 [slot_bytes]."""
@@ -81,6 +98,17 @@ def _zeros(num_slots: int, stride: int, device: torch.device) -> torch.Tensor:
     """uint8 [num_slots, stride]; on the CPU pages that are not used yet take no memory."""
     if device.type == "cpu":
         return torch.from_numpy(np.zeros((num_slots, stride), dtype=np.uint8))
-    zeros = torch.zeros(num_slots, stride, dtype=torch.uint8, device=device)
-    torch.cuda.current_stream(device).synchronize()  # lanes use it on streams of their own
+    stream = _side_stream(device)
+    with torch.cuda.stream(stream):
+        zeros = torch.zeros(num_slots, stride, dtype=torch.uint8, device=device)
+    stream.synchronize()  # lanes use it on streams of their own
     return zeros
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """For all staging of a device: memory that was freed is found again by the stream that it was allocated on.
+
+    Not the default stream, on which the model runs: to wait for that is to wait for a whole prefill.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

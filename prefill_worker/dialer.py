@@ -82,7 +82,9 @@ class Dialer:
             call = TransferStub(channel).Connect(None)
             try:
                 welcome = await self._greet(call, worker_id)
-                staging = self._pairs.staging(worker_id, welcome.window, welcome.slot_bytes, welcome.join_when_used)
+                staging = await self._pairs.staging(
+                    worker_id, welcome.window, welcome.slot_bytes, welcome.join_when_used
+                )
                 transport = await self._join(call, welcome)
                 link = SendLink(transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer)
                 pair = Pair[transfer_pb2.PrefillFrame, SendLink](

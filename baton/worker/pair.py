@@ -102,13 +102,16 @@ class Pairs(Generic[F, L]):
         self._pairs: dict[str, Pair[F, L]] = {}
         self._staging: dict[str, StagingPool] = {}
 
-    def staging(self, peer: str, window: int, slot_bytes: int, when_used: bool) -> StagingPool:
-        """The peer's slots, their memory taken now or `when_used`. Raises ConfigError when one is too small."""
+    async def staging(self, peer: str, window: int, slot_bytes: int, when_used: bool) -> StagingPool:
+        """The peer's slots, their memory taken now or `when_used`.
+
+        Raises ConfigError when one is too small, TransferError when the memory is not there.
+        """
         pool = self._staging.get(peer)
         if pool is None or (pool.num_slots, pool.slot_bytes) != (window, slot_bytes):
             pool = self._staging[peer] = StagingPool(self._layout, window, slot_bytes, self._device)
         if not when_used:
-            pool.allocate()
+            await run_in_thread(pool.allocate, f"staging for {peer}")
         return pool
 
     def links(self) -> list[L]:
