@@ -6,8 +6,8 @@ head, dim) read as little-endian unsigned 32-bit words w_0, w_1, ...:
     h = sum of w_j * (splitmix64(j) | 1)  mod 2^64        fingerprint = splitmix64(h ^ salt)
 
 The salt is drawn from lease, generation, sequence number, first layer and logical block, so that data which is intact
-but belongs to another lease, chunk or place does not verify. Values travel as unsigned Python integers; tensors hold
-the same bits as int64, whose arithmetic wraps modulo 2^64.
+but belongs to another lease, chunk or place does not verify. Values travel as unsigned Python integers, salts are
+arrays of them; tensors hold the same bits as int64, whose arithmetic wraps modulo 2^64.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from kv_transfer.messages import LeaseKey, Segment
 
+Salts = npt.NDArray[np.uint64]  # [num_blocks]
 MASK = (1 << 64) - 1
 WORD_BYTES = 4
 _GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -54,26 +55,20 @@ def unsigned(value: int) -> int:
     return value & MASK
 
 
-def salt_tensor(salts: list[int], device: torch.device) -> torch.Tensor:
-    """Unsigned salts as the int64 tensor [num_blocks] that the packers take."""
-    return torch.tensor([signed(salt) for salt in salts], dtype=torch.int64, device=device)
-
-
-def block_salts(lease: LeaseKey, seq: int, segment: Segment) -> list[int]:
+def block_salts(lease: LeaseKey, seq: int, segment: Segment) -> Salts:
     """One salt per block of the segment, in block order."""
     chunk = 0
     for value in (lease.lease, lease.generation, seq, segment.layer_start):
         chunk = splitmix64(chunk ^ value)
     blocks = np.arange(segment.block_start, segment.block_end, dtype=np.uint64)
-    salts: list[int] = _splitmix64_array(blocks ^ np.uint64(chunk)).tolist()
-    return salts
+    return _splitmix64_array(blocks ^ np.uint64(chunk))
 
 
-def _splitmix64_array(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _splitmix64_array(values: Salts) -> Salts:
     z = values + np.uint64(_GAMMA)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
-    mixed: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    mixed: Salts = z ^ (z >> np.uint64(31))
     return mixed
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from kv_transfer.fingerprint import WORD_BYTES, salt_tensor, splitmix64_tensor, unsigned, word_multipliers
+from kv_transfer.fingerprint import WORD_BYTES, Salts, splitmix64_tensor, word_multipliers
 from kv_transfer.messages import Segment
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ class Packer(Protocol):
     """`kv_cache` is the whole cache, `block_ids` the physical blocks of the segment in logical order."""
 
     def start_pack(
-        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: list[int]
+        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: Salts
     ) -> Copy[list[int]]:
         """Gather the segment into `out`, uint8 [segment bytes]; the result is one fingerprint per block."""
         ...
@@ -45,7 +47,7 @@ class Packer(Protocol):
         segment: Segment,
         block_ids: Sequence[int],
         data: torch.Tensor,
-        salts: list[int],
+        salts: Salts,
         expected: Sequence[int],
     ) -> Copy[bool]:
         """Scatter `data` into the blocks; the result is whether its fingerprints are the expected ones.
@@ -72,7 +74,7 @@ class TorchPacker:
         self._multipliers: dict[int, torch.Tensor] = {}
 
     def start_pack(
-        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: list[int]
+        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: Salts
     ) -> Copy[list[int]]:
         return Done(self.pack(kv_cache, segment, block_ids, out, salts))
 
@@ -82,17 +84,17 @@ class TorchPacker:
         segment: Segment,
         block_ids: Sequence[int],
         data: torch.Tensor,
-        salts: list[int],
+        salts: Salts,
         expected: Sequence[int],
     ) -> Copy[bool]:
         return Done(self.unpack(kv_cache, segment, block_ids, data, salts, expected))
 
     def pack(
-        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: list[int]
+        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: Salts
     ) -> list[int]:
-        check_shapes(kv_cache, segment, block_ids, out, salts)
+        ids = checked_ids(kv_cache, segment, block_ids, out, salts)
         layers = kv_cache[segment.layer_start : segment.layer_end]
-        torch.index_select(layers, 2, torch.tensor(block_ids), out=_as_blocks(kv_cache, segment, out))
+        torch.index_select(layers, 2, torch.from_numpy(ids), out=_as_blocks(kv_cache, segment, out))
         return self.fingerprints(segment, out, salts)
 
     def unpack(
@@ -101,17 +103,17 @@ class TorchPacker:
         segment: Segment,
         block_ids: Sequence[int],
         data: torch.Tensor,
-        salts: list[int],
+        salts: Salts,
         expected: Sequence[int],
     ) -> bool:
-        check_shapes(kv_cache, segment, block_ids, data, salts)
+        ids = checked_ids(kv_cache, segment, block_ids, data, salts)
         if not are_expected(self.fingerprints(segment, data, salts), expected):
             return False
         layers = kv_cache[segment.layer_start : segment.layer_end]
-        layers.index_copy_(2, torch.tensor(block_ids), _as_blocks(kv_cache, segment, data))
+        layers.index_copy_(2, torch.from_numpy(ids), _as_blocks(kv_cache, segment, data))
         return True
 
-    def fingerprints(self, segment: Segment, data: torch.Tensor, salts: list[int]) -> list[int]:
+    def fingerprints(self, segment: Segment, data: torch.Tensor, salts: Salts) -> list[int]:
         """One fingerprint per block of a packed segment, `data` uint8 [segment bytes]."""
         planes = data.view(torch.int32).view(2 * segment.num_layers, segment.num_blocks, -1)
         words_per_plane = planes.shape[2]
@@ -120,7 +122,8 @@ class TorchPacker:
         for index, plane in enumerate(planes):
             weights = multipliers[index * words_per_plane : (index + 1) * words_per_plane]
             total += ((plane.to(torch.int64) & _WORD_MASK) * weights).sum(dim=1)
-        return [unsigned(value) for value in splitmix64_tensor(total ^ salt_tensor(salts, total.device)).tolist()]
+        found = splitmix64_tensor(total ^ torch.from_numpy(salts.view(np.int64)))
+        return cast(list[int], found.numpy().view(np.uint64).tolist())
 
     def _multipliers_for(self, num_words: int) -> torch.Tensor:
         cached = self._multipliers.get(num_words)
@@ -144,21 +147,23 @@ def are_expected(found: Sequence[int], expected: Sequence[int]) -> bool:
     return False
 
 
-def check_shapes(
-    kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], data: torch.Tensor, salts: Sequence[int]
-) -> None:
-    """Raise ValueError unless all arguments describe the same segment of this cache."""
+def checked_ids(
+    kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], data: torch.Tensor, salts: Salts
+) -> npt.NDArray[np.int64]:
+    """The block ids as an array. Raises ValueError unless all arguments describe the same segment of this cache."""
     num_layers, _, num_blocks, block_size, num_kv_heads, head_dim = kv_cache.shape
     if not 0 <= segment.layer_start < segment.layer_end <= num_layers:
         raise ValueError(f"{segment} is outside a cache of {num_layers} layers")
     if not len(block_ids) == len(salts) == segment.num_blocks > 0:
         raise ValueError(f"{segment} with {len(block_ids)} block ids and {len(salts)} salts")
-    if min(block_ids) < 0 or max(block_ids) >= num_blocks:
+    ids = np.array(block_ids, dtype=np.int64)
+    if ids.view(np.uint64).max() >= num_blocks:  # negative ones are large without their sign
         raise ValueError(f"block ids {min(block_ids)} to {max(block_ids)} in a cache of {num_blocks} blocks")
     plane_bytes = block_size * num_kv_heads * head_dim * kv_cache.element_size()
     expected = 2 * segment.num_layers * segment.num_blocks * plane_bytes
     if data.dtype != torch.uint8 or data.numel() != expected or plane_bytes % WORD_BYTES:
         raise ValueError(f"{segment} takes {expected} bytes, the buffer is {data.dtype} [{data.numel()}]")
+    return ids
 
 
 def _as_blocks(kv_cache: torch.Tensor, segment: Segment, data: torch.Tensor) -> torch.Tensor:
@@ -170,5 +175,18 @@ def make_packer(device: torch.device) -> Packer:
     """The packer for KV on `device`."""
     if device.type == "cpu":
         return TorchPacker()
-    # Imported by name: a machine without a GPU may have no Triton, and nothing else of this package needs it.
-    return cast(Packer, importlib.import_module("kv_transfer.triton_packing").TritonPacker())
+    return cast(Packer, _triton_packing().TritonPacker())
+
+
+def warm_up(kv_cache: torch.Tensor) -> None:
+    """Compile and load what packing of this cache launches. Blocks; before transfers and the engine begin.
+
+    Else the first chunk does it, on the thread that has to post the receives of all chunks.
+    """
+    if kv_cache.device.type != "cpu":
+        _triton_packing().warm_up(kv_cache)
+
+
+def _triton_packing() -> Any:
+    """Imported by name: a machine without a GPU may have no Triton, and nothing else of this package needs it."""
+    return importlib.import_module("kv_transfer.triton_packing")

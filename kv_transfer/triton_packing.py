@@ -6,23 +6,25 @@ Only `kv_transfer.packing.make_packer` imports this module, so that machines wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from baton.engine.kernels import kv_pack
-from kv_transfer.messages import Segment
-from kv_transfer.packing import Copy, Done, are_expected, check_shapes
+from kv_transfer.fingerprint import Salts, block_salts
+from kv_transfer.messages import LeaseKey, Segment
+from kv_transfer.packing import Copy, Done, are_expected, checked_ids
 
 
 class TritonPacker:
     """Launches on the current stream; see `Packer`."""
 
     def start_pack(
-        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: list[int]
+        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: Salts
     ) -> Copy[list[int]]:
-        check_shapes(kv_cache, segment, block_ids, out, salts)
-        ids, keys = _upload(block_ids, salts, kv_cache.device)
+        ids, keys = upload(checked_ids(kv_cache, segment, block_ids, out, salts), salts, kv_cache.device)
         return _fetch(kv_pack.pack(kv_cache, segment.layer_start, segment.layer_end, ids, out, keys))
 
     def start_unpack(
@@ -31,11 +33,10 @@ class TritonPacker:
         segment: Segment,
         block_ids: Sequence[int],
         data: torch.Tensor,
-        salts: list[int],
+        salts: Salts,
         expected: Sequence[int],
     ) -> Copy[bool]:
-        check_shapes(kv_cache, segment, block_ids, data, salts)
-        ids, keys = _upload(block_ids, salts, kv_cache.device)
+        ids, keys = upload(checked_ids(kv_cache, segment, block_ids, data, salts), salts, kv_cache.device)
         found = kv_pack.unpack(kv_cache, segment.layer_start, segment.layer_end, ids, data, keys)
         return _Comparison(_fetch(found), expected)
 
@@ -47,13 +48,35 @@ def _fetch(on_device: torch.Tensor) -> Copy[list[int]]:
     return Done(on_device.numpy().view(np.uint64).tolist())  # under Triton's interpreter
 
 
-def _upload(block_ids: Sequence[int], salts: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as int64 on the device, in one copy out of pinned memory: nothing waits for the stream."""
-    values = np.empty((2, len(salts)), dtype=np.uint64)
-    values[0], values[1] = block_ids, salts
-    host = torch.from_numpy(values.view(np.int64))
+def warm_up(kv_cache: torch.Tensor) -> None:
+    """Launch pack and unpack once, on a stream of their own, and wait for them. The cache is left as it is."""
+    segment = Segment(0, 1, 0, 1)
+    salts = block_salts(LeaseKey(0, 0), 0, segment)
+    device, packer = kv_cache.device, TritonPacker()
+    with _side_stream(device):
+        data = torch.empty(kv_cache[0, :, 0].nbytes, dtype=torch.uint8, device=device)
+        fingerprints = packer.start_pack(kv_cache, segment, [0], data, salts).wait()
+        if not packer.start_unpack(kv_cache, segment, [0], data, salts, fingerprints).wait():
+            raise RuntimeError(f"{device}: what the pack kernel wrote the unpack kernel does not verify")
+
+
+def _side_stream(device: torch.device) -> AbstractContextManager[object]:
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+def upload(block_ids: npt.NDArray[np.int64], salts: Salts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as int64 on the device, in one copy out of pinned memory: nothing waits for the stream.
+
+    Both begin at a multiple of 16 bytes, whatever their length: kernels are compiled anew for what does not.
+    """
+    num_blocks = len(salts)
+    values = np.empty((2, num_blocks + num_blocks % 2), dtype=np.int64)
+    values[0, :num_blocks], values[1, :num_blocks] = block_ids, salts.view(np.int64)
+    host = torch.from_numpy(values)
     ids, keys = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-    return ids, keys
+    return ids[:num_blocks], keys[:num_blocks]
 
 
 class _Fingerprints:

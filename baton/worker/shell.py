@@ -36,6 +36,7 @@ from baton.worker.status import health, heartbeat
 from baton.worker.step_timing import StepTimeModel
 from baton.worker.streams import SERVER_OPTIONS
 from baton.worker.tasks import Tasks
+from kv_transfer.packing import warm_up
 from kv_transfer.wire import layout_proto
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import add_WorkerServicer_to_server
@@ -187,7 +188,9 @@ class WorkerShell:
         ports = EnginePorts(self._mailbox)
         config = self._config
         model_dir = resolve_model(config.model, config.revision)
-        return self._build(config.engine, config.transfer, model_dir, self._device, ports, self._clock)
+        engine = self._build(config.engine, config.transfer, model_dir, self._device, ports, self._clock)
+        warm_up(engine.kv_cache)
+        return engine
 
     def _make_halves(self, loop: asyncio.AbstractEventLoop) -> list[Half]:
         local = GenerateHalf(self._engine, self._attempts, self._clock)

@@ -48,7 +48,7 @@ def test_multipliers_are_odd_and_distinct() -> None:
 
 
 def test_each_part_of_the_name_changes_the_salt() -> None:
-    base = block_salts(LEASE, 4, SEGMENT)
+    base = block_salts(LEASE, 4, SEGMENT).tolist()
     assert len(base) == len(set(base)) == 4
     others = [
         block_salts(LeaseKey(8, 3), 4, SEGMENT),
@@ -58,12 +58,12 @@ def test_each_part_of_the_name_changes_the_salt() -> None:
         block_salts(LeaseKey(3, 7), 4, SEGMENT),
     ]
     for other in others:
-        assert not set(base) & set(other)
+        assert not set(base) & set(other.tolist())
 
 
 def test_a_salt_follows_the_logical_block_not_its_place_in_the_segment() -> None:
     whole = block_salts(LEASE, 4, SEGMENT)
-    assert block_salts(LEASE, 4, SEGMENT._replace(block_start=12)) == whole[2:]
+    assert block_salts(LEASE, 4, SEGMENT._replace(block_start=12)).tolist() == whole[2:].tolist()
 
 
 @given(st.binary(min_size=8, max_size=64).filter(lambda data: len(data) % 4 == 0), U64, st.integers(0, 511))

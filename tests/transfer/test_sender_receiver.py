@@ -14,6 +14,7 @@ import torch
 
 from kv_transfer.connection import DECODE_RANK, connect
 from kv_transfer.events import Pack, Packed, SendDone, StartRecv, StartSend
+from kv_transfer.fingerprint import Salts
 from kv_transfer.messages import LeaseKey, Segment
 from kv_transfer.packing import TorchPacker
 from kv_transfer.rendezvous import StoreServer
@@ -250,7 +251,7 @@ class BrokenPacker(TorchPacker):
     """Fails with an error that no caller foresees."""
 
     def pack(
-        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: list[int]
+        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: Salts
     ) -> list[int]:
         raise KeyError("unforeseen")
 
@@ -272,7 +273,7 @@ class SlowPacker(TorchPacker):
         self.allowed = threading.Event()
 
     def pack(
-        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: list[int]
+        self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: Salts
     ) -> list[int]:
         self.entered.set()
         self.allowed.wait(WAIT_S)

@@ -15,8 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
+from baton.engine.kernels.launch import cdiv, next_power_of_2
+
 _WORDS_PER_PROGRAM = 1024
-_BLOCKS_PER_PROGRAM = 8
+_BLOCKS_PER_PROGRAM = 8  # also of fewer: a compiled kernel more would cost far more than the masked turns of a loop
 
 
 @triton.jit
@@ -122,10 +124,9 @@ def _move(
     sums = torch.zeros(num_blocks, dtype=torch.int64, device=kv_cache.device)
     if num_blocks == 0:
         return sums
-    words = min(_WORDS_PER_PROGRAM, triton.next_power_of_2(plane))
-    blocks = min(_BLOCKS_PER_PROGRAM, triton.next_power_of_2(num_blocks))
+    words = min(_WORDS_PER_PROGRAM, next_power_of_2(plane))
     cache_words = kv_cache.view(kv_cache.shape[0], 2, kv_cache.shape[2], -1).view(torch.int32)
-    grid = (triton.cdiv(plane, words), 2 * (layer_end - layer_start), triton.cdiv(num_blocks, blocks))
+    grid = (cdiv(plane, words), 2 * (layer_end - layer_start), cdiv(num_blocks, _BLOCKS_PER_PROGRAM))
     move_blocks_kernel[grid](
         cache_words,
         segment.view(torch.int32),
@@ -137,11 +138,11 @@ def _move(
         cache_words.stride(1),
         PLANE=plane,
         WORDS=words,
-        BLOCKS=blocks,
+        BLOCKS=_BLOCKS_PER_PROGRAM,
         PACK=to_segment,
         num_warps=4,
     )
-    finish_fingerprints_kernel[(triton.cdiv(num_blocks, 256),)](sums, salts, num_blocks, BLOCK=256, num_warps=4)
+    finish_fingerprints_kernel[(cdiv(num_blocks, 256),)](sums, salts, num_blocks, BLOCK=256, num_warps=4)
     return sums
 
 
