@@ -89,7 +89,13 @@ class RecvLink(Link[Received | Unpacked]):
             transfer = arrival.transfer = self._transport.start_recv(slot[: action.num_bytes])
         self._timeline.posted(action.epoch, action.seq, time.monotonic())
 
+        def is_passed_on() -> bool:
+            """Asked once more at the end: the unpack may be asked for while the receive is being launched."""
+            return arrival.is_followed and transfer.event is not None
+
         def finish() -> Received | None:
+            if is_passed_on():
+                return None
             transfer.wait()
             self._timeline.received(action.epoch, action.seq, time.monotonic())
             with self._reporting:
@@ -98,7 +104,7 @@ class RecvLink(Link[Received | Unpacked]):
                     arrival.then()
             return None if arrival.is_followed else Received(action.peer, action.epoch, action.seq)
 
-        return None if arrival.is_followed and transfer.event is not None else finish
+        return None if is_passed_on() else finish
 
     def _is_there(self, arrival: _Arrival, then: Callable[[], None]) -> bool:
         """Whether the host has seen the end of the receive. If not, it calls `then` when it does."""

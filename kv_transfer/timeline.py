@@ -145,9 +145,10 @@ class Timeline:
                 self._receive_posted.add(now - chunk.announced_at)
 
     def received(self, epoch: str, seq: int, now: float) -> None:
+        """The first word counts: a receive and the unpack behind it may both say so."""
         with self._lock:
             chunk = self._open.get((epoch, seq))
-            if chunk is not None:
+            if chunk is not None and chunk.received_at is None:
                 self._open[epoch, seq] = replace(chunk, received_at=now)
                 self._num_bytes += chunk.num_bytes
                 self._num_chunks += 1

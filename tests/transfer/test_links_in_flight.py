@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kv_transfer.device_clock import DeviceClock
+from kv_transfer.fingerprint import Salts
 from kv_transfer.messages import LeaseKey, Segment
 from kv_transfer.packing import TorchPacker
 from kv_transfer.transport import TransferError
@@ -61,11 +62,13 @@ class _Held:
     def __init__(self) -> None:
         self.done = threading.Event()
         self.failure = ""
+        self.num_waits = 0
 
     def follow(self) -> None:
         """As on CUDA: what follows is ordered behind it by the device."""
 
     def wait(self) -> None:
+        self.num_waits += 1
         assert self.done.wait(WAIT_S)
         if self.failure:
             raise TransferError(self.failure)
@@ -144,6 +147,25 @@ def test_an_unpack_is_launched_behind_its_receive_without_waiting_for_it(on_devi
     assert decode.staging.in_use == 0
 
 
+def test_a_receive_that_is_launched_before_its_unpack_is_asked_for_has_its_end_told_once(
+    on_device: _HoldingTransport,
+) -> None:
+    decode, launched = DecodeEnd(on_device), threading.Event()
+    for seq in range(2):
+        decode.start_recv(seq, seq, SEGMENT)
+    decode.link._starts.submit(launched.set)
+    assert launched.wait(WAIT_S)
+    decode.ask_unpack(1, 1, SEGMENT, TARGET, LEASE, (0, 0, 0))
+    first, second = on_device.started.get(timeout=WAIT_S), on_device.started.get(timeout=WAIT_S)
+    first.done.set()
+    decode.received(0)
+    second.done.set()
+    assert not decode.unpacked(1)
+    decode.link.close()
+    assert second.num_waits == 1
+    assert decode.events.empty()
+
+
 class SeenPacker(TorchPacker):
     """Tells of each unpack when it is launched."""
 
@@ -157,7 +179,7 @@ class SeenPacker(TorchPacker):
         segment: Segment,
         block_ids: Sequence[int],
         data: torch.Tensor,
-        salts: list[int],
+        salts: Salts,
         expected: Sequence[int],
     ) -> bool:
         self.started.put(segment)

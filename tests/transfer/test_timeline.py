@@ -71,6 +71,16 @@ def test_a_chunk_that_is_told_twice_counts_once_and_is_not_kept() -> None:
     assert timeline._done == {}
 
 
+def test_a_chunk_whose_receipt_is_told_twice_counts_once() -> None:
+    timeline = Timeline()
+    timeline.announced("e", 0, 1, 100, None, now=1.0)
+    for now in (2.0, 3.0):
+        timeline.received("e", 0, now)
+    timeline.verified("e", 0, now=4.0)
+    assert timeline.chunks()[0].received_at == 2.0
+    assert (timeline.totals().num_bytes, timeline.totals().num_chunks) == (100, 1)
+
+
 def test_a_sample_on_a_bound_belongs_below_it() -> None:
     histogram = Histogram()
     for seconds in (BOUNDS_S[0], BOUNDS_S[0] * 1.01, 100.0):
