@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-_SMOOTHING = 0.2
+_FORGOTTEN = 0.2  # of what is known, with each message
 _SMALLEST = 1 << 20
 
 
 class LinkMeter:
-    """Fed with each message in order of sending, by one thread; read by any. Small ones say nothing of bandwidth."""
+    """Fed with each message in order of sending, by one thread; read by any. Small ones say nothing of bandwidth.
+
+    Bytes and seconds are summed apart: a mean of rates is ruled by the messages whose end was seen late.
+    """
 
     def __init__(self) -> None:
         self._last_end: float | None = None
+        self._num_bytes = self._seconds = 0.0
         self._bytes_per_s: float | None = None
 
     @property
@@ -19,9 +23,11 @@ class LinkMeter:
         return self._bytes_per_s
 
     def add(self, num_bytes: int, started: float, ended: float) -> None:
+        """`started`: it was launched. `ended`: it had left, on the same clock."""
         before, self._last_end = self._last_end, ended
-        if before is None or started > before or num_bytes < _SMALLEST or ended <= before:
+        if before is None or started > before or num_bytes < _SMALLEST:
             return
-        rate = num_bytes / (ended - before)
-        known = self._bytes_per_s
-        self._bytes_per_s = rate if known is None else known + _SMOOTHING * (rate - known)
+        self._num_bytes += num_bytes - _FORGOTTEN * self._num_bytes
+        self._seconds += max(ended - before, 0.0) - _FORGOTTEN * self._seconds
+        if self._seconds > 0.0:
+            self._bytes_per_s = self._num_bytes / self._seconds

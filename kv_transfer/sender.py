@@ -81,7 +81,9 @@ class SendLink(Link[Packed | SendDone]):
 
         def finish() -> SendDone:
             transfer.wait()
-            self.meter.add(action.num_bytes, started, time.monotonic())
+            # The device's own time where there is one: this thread may wake up late, and then twice at once.
+            ended = None if transfer.event is None else self._clock.time_of(transfer.event)
+            self.meter.add(action.num_bytes, started, time.monotonic() if ended is None else ended)
             return SendDone(action.peer, action.epoch, action.seq)
 
         return finish

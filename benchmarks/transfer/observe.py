@@ -1,7 +1,7 @@
 """What a worker of the transfer bench notes down beside its work, from outside: engine and ports are wrapped.
 
 All times are seconds of the machine's monotonic clock, which its processes share. CUDA work is timed by events on the
-stream that computes and put on that clock by a reference event.
+stream that computes and put on that clock.
 """
 
 from __future__ import annotations
@@ -17,34 +17,15 @@ import torch
 from baton.engine.kv_layout import KVLayout
 from baton.engine.loop import Engine
 from baton.engine.ports import Admission, Command, EngineStats, Ports, PrefillDone, SegmentWritten, StepReport
-
-_REFERENCE_TRIES = 20
-
-
-def timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+from kv_transfer.device_clock import DeviceClock, timing_event
 
 
-class DeviceClock:
-    """Puts CUDA events on the host's clock. `set` it while the device is idle, and again after some minutes."""
+class Marks:
+    """Moments in the order of the device's work, put on the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._reference: torch.cuda.Event | None = None
-        self._at = 0.0
-
-    def set(self) -> None:
-        """The tightest of some tries: an event's time is known to within what its synchronisation takes."""
-        if self._device.type != "cuda":
-            return
-        best = float("inf")
-        for _ in range(_REFERENCE_TRIES):
-            event, before = timing_event(), time.monotonic()
-            event.record(torch.cuda.current_stream(self._device))
-            event.synchronize()
-            took = time.monotonic() - before
-            if took < best:
-                best, self._reference, self._at = took, event, before + took / 2
+        self._clock = DeviceClock(device)
 
     def mark(self) -> torch.cuda.Event | float:
         """Now, in the order of the current stream's work."""
@@ -58,9 +39,11 @@ class DeviceClock:
         """When it was, on the host's clock. Waits for an event that has not fired."""
         if isinstance(mark, float):
             return mark
-        assert self._reference is not None, "the clock was not set"
         mark.synchronize()
-        return self._at + float(self._reference.elapsed_time(mark)) / 1e3
+        seconds = self._clock.time_of(mark)
+        if seconds is None:
+            raise RuntimeError("the device's clock could not be compared with the host's")
+        return seconds
 
 
 @dataclass
@@ -75,8 +58,8 @@ class RequestLog:
 class WorkerLog:
     """Written by the engine, transfer and asyncio threads of one worker, read between measurements."""
 
-    def __init__(self, clock: DeviceClock) -> None:
-        self.clock = clock
+    def __init__(self, marks: Marks) -> None:
+        self.marks = marks
         self._lock = threading.Lock()
         self.clear()
 
@@ -98,7 +81,7 @@ class WorkerLog:
         }
 
     def _request_json(self, request: RequestLog) -> dict[str, Any]:
-        written = [(bytes_, self.clock.seconds(mark)) for bytes_, mark in request.written]
+        written = [(bytes_, self.marks.seconds(mark)) for bytes_, mark in request.written]
         return {"written": written, "events": request.events, "admissible": request.admissible}
 
 
@@ -114,7 +97,7 @@ class ObservedPorts:
         assert self.layout is not None
         layers, blocks = segment.layer_end - segment.layer_start, segment.block_end - segment.block_start
         num_bytes = self.layout.segment_bytes(layers, blocks)
-        self._log.request(segment.request_id).written.append((num_bytes, self._log.clock.mark()))
+        self._log.request(segment.request_id).written.append((num_bytes, self._log.marks.mark()))
         self._ports.on_layer_group(segment)
 
     def on_prefill_done(self, done: PrefillDone) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from baton.engine.kv_layout import KVLayout
-from benchmarks.transfer.observe import timing_event
+from kv_transfer.device_clock import timing_event
 from kv_transfer.fingerprint import block_salts
 from kv_transfer.messages import LeaseKey, Segment
 from kv_transfer.packing import make_packer

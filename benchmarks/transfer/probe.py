@@ -25,7 +25,7 @@ from baton.engine.ports import Ports
 from baton.worker.actor_base import SWITCH_INTERVAL_S
 from baton.worker.half import Half, HalfFactory, WorkerContext
 from baton.worker.shell import WorkerShell, resolve_device
-from benchmarks.transfer.observe import DeviceClock, ObservedEngine, ObservedPorts, WorkerLog
+from benchmarks.transfer.observe import Marks, ObservedEngine, ObservedPorts, WorkerLog
 from benchmarks.transfer.packing import pack_seconds
 from benchmarks.transfer.raw import RawLink
 from decode_worker.handover import DecodeHalf
@@ -54,7 +54,7 @@ class Probe:
         self._device = resolve_device(settings.cluster.device)
         self._settings, self._max_ctas = settings, max_ctas
         self._backend = resolve_backend(settings.transfer.backend, self._device)
-        self._log = WorkerLog(DeviceClock(self._device))
+        self._log = WorkerLog(Marks(self._device))
         self._since, self._cpu = 0.0, (0.0, 0.0)
         self._shell = WorkerShell(settings, self._role, self._host, self._build, [self._half])
         await self._shell.start()
@@ -97,9 +97,8 @@ class Probe:
     # ---- measurements beside the load
 
     async def reset(self) -> None:
-        """Forget what was noted so far and set the device's clock. While nothing runs."""
+        """Forget what was noted so far."""
         await self.clear_log()
-        await asyncio.to_thread(self._log.clock.set)
 
     async def log(self) -> dict[str, Any]:
         """What was noted since the last `reset` or `clear_log`, and the chunks of the latest hand-overs.

@@ -21,6 +21,7 @@ class RawLink:
 
     def __init__(self, store: Store, name: str, rank: int, host: str, device: torch.device, max_ctas: int) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._peer = 1 - rank
         self._is_receiver = rank == 0
         keys = PrefixStore(name, store)
@@ -64,14 +65,11 @@ class RawLink:
         return start([self._buffer], self._peer, _TAG)
 
     def _settle(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def _on_device(self) -> AbstractContextManager[object]:
-        if self._device.type != "cuda":
-            return nullcontext()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(stream)
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
 def _nccl(keys: Store, rank: int, device: torch.device, max_ctas: int) -> Any:

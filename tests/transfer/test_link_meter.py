@@ -25,6 +25,15 @@ def test_a_message_after_a_pause_and_a_small_one_say_nothing() -> None:
     assert meter.bytes_per_s is None
 
 
+def test_ends_that_are_seen_late_do_not_make_a_link_faster() -> None:
+    """True gaps of half a second, seen as nearly none and nearly a whole one in turn, or two ends at once."""
+    for late in (0.45, 0.5):
+        meter = LinkMeter()
+        for number in range(60):
+            meter.add(8 * MIB, started=0.0, ended=1.0 + number / 2 + late * (number % 2))
+        assert meter.bytes_per_s == pytest.approx(16 * MIB, rel=0.15)
+
+
 def test_it_follows_a_link_that_becomes_slower() -> None:
     meter = LinkMeter()
     for number in range(10):
