@@ -39,7 +39,13 @@ class BlocksRefused:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """The bytes of `seq` lie in its receive slot."""
+    """What is asked of the slot of `seq` from now on happens when its bytes lie there.
+
+    Told in the turn that asks for the receive: links launch what follows behind it. For the machine a receive takes no
+    time, so the slot of a chunk that nobody wants is free again before its bytes have come: it is neither in flight nor
+    quarantined, and no counter shows it. What keeps its memory from another epoch is `StagingPool.hold` (I1); within
+    the epoch the wire keeps the order.
+    """
 
     peer: str
     epoch: str

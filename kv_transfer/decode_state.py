@@ -28,7 +28,10 @@ class LeasePhase(IntEnum):
 
 
 class RecvStage(IntEnum):
-    """Where an announced chunk stands. WAITING: no slot is free yet, its predecessors' epoch is still quarantined."""
+    """Where an announced chunk stands. WAITING: no slot is free yet, its predecessors' epoch is still quarantined.
+
+    RECEIVING: its receive is asked for; it ends with `Received`, which workers feed in the same turn.
+    """
 
     WAITING = 0
     RECEIVING = 1
