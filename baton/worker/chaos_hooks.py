@@ -200,12 +200,18 @@ class _FaultyReceive:
         return self._receive.event
 
     def follow(self) -> None:
+        """On the device, on the caller's stream between the receive and what reads it."""
         self._receive.follow()
+        if self._before is not None and self._before.device.type == "cuda":
+            # Cloned on another stream: not to be given away before this one has read it.
+            self._before.record_stream(torch.cuda.current_stream(self._before.device))
         self._spoil_once()
 
     def wait(self) -> None:
+        """Of what the device orders nothing is spoilt here: this thread's stream is the model's."""
         self._receive.wait()
-        self._spoil_once()
+        if self.event is None:
+            self._spoil_once()
 
     def _spoil_once(self) -> None:
         """The end of the receive is followed once and waited for once, on any threads."""

@@ -101,6 +101,17 @@ def test_a_chunk_is_spoilt_as_asked() -> None:
     assert sum((a ^ b).bit_count() for a, b in zip(flipped, SENT, strict=True)) == 1
 
 
+def test_what_the_device_orders_is_spoilt_on_the_stream_that_follows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that waits for a receive has the model's stream as its current one."""
+    monkeypatch.setattr(Arrived, "event", object())
+    buffer = torch.tensor(list(HELD), dtype=torch.uint8)
+    transfer = injector(stale=1.0).transport(Arrived()).start_recv(buffer)
+    transfer.wait()
+    assert bytes(buffer.tolist()) == SENT
+    transfer.follow()
+    assert bytes(buffer.tolist()) == HELD
+
+
 async def test_nothing_is_disturbed_nor_can_be_unless_chaos_is_enabled() -> None:
     off = make_injector(ChaosConfig(enabled=False, faults=FaultSettings(router_break=1.0, frame_loss=1.0)))
     assert await read(off.router_frames(numbers(5))) == await read(off.frames(numbers(5))) == [0, 1, 2, 3, 4]
