@@ -74,9 +74,9 @@ class SamplingParams:
 
     @property
     def is_plain(self) -> bool:
-        """Whether temperature, top-k, top-p and seed say it all, so that the fastest way of drawing can be taken."""
+        """Whether temperature, top-k, top-p, min-p and seed say it all, so that the fastest way can be taken."""
         edited = self.has_penalties or self.logit_bias or (self.min_tokens and self.stop_token_ids)
-        return not edited and self.min_p == 0.0 and self.logprobs is None
+        return not edited and self.logprobs is None
 
 
 @dataclass(frozen=True, slots=True)

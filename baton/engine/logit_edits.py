@@ -1,7 +1,7 @@
 """What changes logits before a token is drawn: penalties, then logit bias, then the mask of early stop tokens.
 
-Owned by the runner, engine thread, on the device of the logits. Everything follows from the request's token ids, so a
-worker that takes a request over goes on as the one before would have.
+Owned by the runner, engine thread, on the device of the logits, which is never waited for. Everything follows from the
+request's token ids, so a worker that takes a request over goes on as the one before would have.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from baton.engine.request import Request
+from baton.engine.staging import to_device
 
 
 @dataclass(slots=True)
@@ -91,19 +92,14 @@ class LogitEditor:
         counts = torch.stack([history.output_counts for history in histories])  # [len(rows), vocab_size]
         in_prompt = torch.stack([history.in_prompt for history in histories])
         settings = [requests[row].sampling for row in rows]
-
-        def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32).to(logits.device).unsqueeze(1)
-
-        repetition = column([s.repetition_penalty for s in settings])
-        frequency, presence = (
-            column([s.frequency_penalty for s in settings]),
-            column([s.presence_penalty for s in settings]),
-        )
-        selected = logits[rows]
+        values = [(s.repetition_penalty, s.frequency_penalty, s.presence_penalty) for s in settings]
+        flat = to_device([value for of_row in values for value in of_row], torch.float32, logits.device)
+        repetition, frequency, presence = flat.view(-1, 3, 1).unbind(dim=1)
+        at = _ids(rows, logits.device)
+        selected = logits.index_select(0, at)
         repeated = torch.where(selected > 0, selected / repetition, selected * repetition)
         selected = torch.where(in_prompt | (counts > 0), repeated, selected)
-        logits[rows] = selected - frequency * counts - presence * (counts > 0)
+        logits.index_copy_(0, at, selected - frequency * counts - presence * (counts > 0))
 
     def _history(self, request: Request, position: int, logits: torch.Tensor, draws: torch.Tensor) -> _History:
         """Brought up to date; the next token will stand at `position`."""
@@ -112,7 +108,7 @@ class LogitEditor:
         if history is None:
             vocab_size, device = logits.shape[1], logits.device
             in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            in_prompt[_ids(tokens[:first_output], device)] = True
+            in_prompt.index_fill_(0, _ids(tokens[:first_output], device), True)
             counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
             history = self._histories[request] = _History(in_prompt, counts, first_output)
         fresh = tokens[history.num_known :]
@@ -128,17 +124,16 @@ class LogitEditor:
 
 
 def _entries(tokens: Sequence[int], values: Sequence[float], device: torch.device) -> _Entries:
-    return _Entries(_ids(tokens, device), torch.tensor(values, dtype=torch.float32).to(device))
+    return _Entries(_ids(tokens, device), to_device(values, torch.float32, device))
 
 
 def _add(logits: torch.Tensor, rows: Sequence[int], entries: Sequence[_Entries]) -> None:
     """Add each row's entries, all rows at once."""
     if rows:
-        counts = torch.tensor([len(one.tokens) for one in entries])
-        row_of_entry = torch.repeat_interleave(torch.tensor(rows), counts).to(logits.device, non_blocking=True)
-        at = row_of_entry, torch.cat([one.tokens for one in entries])
+        row_of_entry = [row for row, one in zip(rows, entries, strict=True) for _ in range(len(one.tokens))]
+        at = _ids(row_of_entry, logits.device), torch.cat([one.tokens for one in entries])
         logits[at] += torch.cat([one.values for one in entries])
 
 
 def _ids(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(device)
+    return to_device(values, torch.int64, device)

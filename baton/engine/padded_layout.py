@@ -16,6 +16,7 @@ from baton.engine.batch import Batch
 
 MAX_PREFILLS = 16
 _MIXED_STEP = 128
+_FEW_DECODES = 32
 _WORDS = 2  # 8-byte words of the alignment that kernels are compiled for
 
 
@@ -48,8 +49,8 @@ class Fields:
 class Buckets:
     """The sizes for steps of at most `max_tokens` tokens, and which of them a step takes.
 
-    Steps without decodes have their own: a decode that is not there costs time, too. They are finer, because a lone
-    prompt that waits for nobody else feels the padding most.
+    Steps without decodes and steps with few have their own: a decode that is not there costs time, too. Those without
+    are finer, because a lone prompt that waits for nobody else feels the padding most.
     """
 
     def __init__(self, max_tokens: int, max_num_seqs: int) -> None:
@@ -57,16 +58,18 @@ class Buckets:
         sizes = [*(size for size in sizes if size < max_tokens), max_tokens]
         prefills = min(MAX_PREFILLS, max_num_seqs)
         mixed = [size for size in sizes if size % _MIXED_STEP == 0 or size == max_tokens]
-        self._prefilling = [Bucket(size, 0, min(size, prefills)) for size in sizes]
-        self._mixed = [Bucket(size, min(size, max_num_seqs), min(size, prefills)) for size in mixed]
+        self._by_decodes = {0: [Bucket(size, 0, min(size, prefills)) for size in sizes]}
+        for decodes in sorted({min(_FEW_DECODES, max_num_seqs), max_num_seqs}):
+            self._by_decodes[decodes] = [Bucket(size, min(size, decodes), min(size, prefills)) for size in mixed]
 
     @property
     def largest_first(self) -> list[Bucket]:
-        return sorted((*self._prefilling, *self._mixed), key=lambda b: (b.num_tokens, b.num_decodes), reverse=True)
+        every = {bucket for buckets in self._by_decodes.values() for bucket in buckets}
+        return sorted(every, key=lambda bucket: (bucket.num_tokens, bucket.num_decodes), reverse=True)
 
     def find(self, num_tokens: int, num_decodes: int, num_prefills: int) -> Bucket | None:
         """The smallest that holds such a step; None where it is too large."""
-        buckets = self._mixed if num_decodes else self._prefilling
+        buckets = next((found for most, found in self._by_decodes.items() if num_decodes <= most), [])
         index = bisect_left(buckets, num_tokens, key=lambda bucket: bucket.num_tokens)
         if index == len(buckets):
             return None

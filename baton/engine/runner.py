@@ -10,22 +10,29 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from baton.common.sampling import SamplingParams
+from baton.common.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from baton.engine.attention.base import AttentionBackend, AttentionMetadata
-from baton.engine.batch import Batch, ScheduledStep, build_batch
+from baton.engine.batch import Batch, PrefillSegment, ScheduledStep, build_batch
 from baton.engine.decode_path import DecodePath
 from baton.engine.kv_layout import KVLayout
 from baton.engine.logit_edits import LogitEditor
-from baton.engine.logprobs import StepLogprobs
+from baton.engine.logprobs import MAX_LOGPROB_ROWS, StepLogprobs
 from baton.engine.models.decoder import Decoder
 from baton.engine.prefill_path import PrefillPath
 from baton.engine.request import Request
-from baton.engine.sampler import TokenSampler, TorchSampler
-from baton.engine.staging import PendingTokens, make_staging
+from baton.engine.sampler import TokenSampler
+from baton.engine.staging import PendingTokens, make_staging, to_device
 from baton.engine.table_mirror import TableMirror
 
 LayerGroups = Sequence[tuple[int, int]]
 OnLayerGroup = Callable[[int, int, "torch.cuda.Event | None"], None]
+
+# What takes a way, or memory, of its own behind the forward pass.
+_PLAIN = SamplingParams(max_tokens=1, top_p=0.9, top_k=50)
+_EDITED = SamplingParams(
+    max_tokens=1, top_p=0.9, repetition_penalty=1.1, logit_bias=((0, 1.0),), logprobs=MAX_TOP_LOGPROBS
+)
+_OF_PROMPT = SamplingParams(max_tokens=1, prompt_logprobs=MAX_TOP_LOGPROBS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,6 @@ class Runner:
         self._staging = make_staging(model.device, max_draws)
         self._editor = LogitEditor()
         self._tables = TableMirror()
-        self._min_p_sampler = TorchSampler()  # the kernels know no min-p; both draw the same
 
     @property
     def num_blocks(self) -> int:
@@ -99,9 +105,25 @@ class Runner:
 
     @torch.inference_mode()
     def profile(self, batch: Batch) -> None:
-        """Compute a batch and draw its rows in the way that takes the most memory. The cache is written."""
-        example = Request("profile", [0], SamplingParams(max_tokens=1, top_p=0.9, top_k=50), arrival=0.0)
-        self._compute(batch, [example] * len(batch.sample_rows), None)
+        """Compute a batch and draw its rows both plainly and in the way that takes the most memory.
+
+        The batch's rows are drawn for position 1. The cache is written.
+        """
+        count, logprobs = len(batch.sample_rows), StepLogprobs()
+        plain, edited = (
+            [Request(f"profile{row}", [0], sampling, arrival=0.0) for row in range(count)]
+            for sampling in (_PLAIN, _EDITED)
+        )
+        if count:  # what is kept of requests with penalties stays while other steps are computed
+            zeros = torch.zeros((count, self.vocab_size), dtype=self.model.dtype, device=self._device)
+            self._draw(zeros, edited, batch.draw_positions)
+            del zeros
+        hidden, logits = self._forward(batch, None)
+        for requests in (plain, edited) if count else ():
+            logprobs.add_drawn(logits, self._draw(logits, requests, batch.draw_positions), requests)
+        num_rows = min(len(hidden), MAX_LOGPROB_ROWS)
+        of_prompt = Request("profile", [0] * (num_rows + 1), _OF_PROMPT, arrival=0.0)
+        logprobs.add_prompts(hidden, [(PrefillSegment(of_prompt, 0, num_rows), 0)], self.model.logits)
 
     def fill_with_nan(self, blocks: Sequence[int]) -> None:
         """Poison blocks, so that a read of what nobody has written shows. For tests: the pool's `on_allocate`."""
@@ -109,7 +131,7 @@ class Runner:
 
     def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """On the current stream: behind the steps that wrote the sources, before those that write the copies."""
-        sources, targets = torch.tensor(copies, dtype=torch.int64).to(self._device, non_blocking=True).T
+        sources, targets = (to_device(blocks, torch.int64, self._device) for blocks in zip(*copies, strict=True))
         self.kv_cache.index_copy_(2, targets, self.kv_cache.index_select(2, sources))
 
     def _launch_with_prompts(
@@ -138,18 +160,17 @@ class Runner:
     ) -> int:
         sampled = step.sampled()
         after_layer = self._after_layer(groups, on_layer_group) if groups else None
-        hidden, logits, tokens = self._compute(batch, sampled, after_layer)
+        hidden, logits = self._forward(batch, after_layer)
         first_rows = batch.cu_seqlens_q[batch.num_decodes :].tolist()
         logprobs.add_prompts(hidden, list(zip(step.prefills, first_rows, strict=False)), self.model.logits)
         if sampled:
+            tokens = self._draw(logits, sampled, batch.draw_positions)
             self.draws[: len(sampled)].copy_(tokens)
             logprobs.add_drawn(logits, tokens, sampled)
         return len(sampled)
 
-    def _compute(
-        self, batch: Batch, sampled: Sequence[Request], after_layer: Callable[[int], None] | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Last hidden states of all tokens; the model's logits and the draws of the sampled ones."""
+    def _forward(self, batch: Batch, after_layer: Callable[[int], None] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states of all tokens; the model's logits of the sampled ones, if there are any."""
         arrays = (
             batch.input_ids,
             batch.positions,
@@ -175,16 +196,11 @@ class Runner:
         if (batch.draw_rows >= 0).any():
             input_ids[: batch.num_decodes] = self.known_tokens(input_ids[: batch.num_decodes], draw_rows)
         hidden = self.model.forward(input_ids, positions, self.kv_cache, meta, self.backend, after_layer)
-        if not sampled:
-            return hidden, hidden[:0], self.draws[:0]
-        logits = self.model.logits(hidden[sample_rows])
-        return hidden, logits, self._draw(logits, sampled, batch.draw_positions)
+        return hidden, self.model.logits(hidden[sample_rows]) if len(sample_rows) else hidden[:0]
 
     def _draw(self, logits: torch.Tensor, sampled: Sequence[Request], positions: npt.NDArray[np.int64]) -> torch.Tensor:
         edited = self._editor.edit(logits, sampled, positions.tolist(), self.draws)
-        has_min_p = any(request.sampling.min_p > 0 for request in sampled)
-        sampler = self._min_p_sampler if has_min_p else self.sampler
-        return sampler.sample(edited, sampled, positions)
+        return self.sampler.sample(edited, sampled, positions)
 
     def known_tokens(self, input_ids: torch.Tensor, draw_rows: torch.Tensor) -> torch.Tensor:
         """`input_ids`, where `draw_rows` is not -1 with the draws at these rows instead. int64 [num_decodes] each."""

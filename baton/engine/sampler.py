@@ -9,6 +9,7 @@ What comes before them is in `baton.engine.logit_edits`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,7 @@ import torch
 
 from baton.engine.philox import philox4x32
 from baton.engine.request import Request
+from baton.engine.staging import to_device
 
 NOT_FINITE = -1
 _WORD = 0xFFFFFFFF
@@ -52,7 +54,7 @@ class SamplingRows:
     """Settings of the rows to draw, [num_rows] each on the logits' device.
 
     `drawn` (int64) lists the rows that are not greedy; all other tensors have one entry per drawn row. `top_k` is the
-    vocabulary's size where it is off.
+    vocabulary's size where it is off. `max_distance`: see the function; None where it is off in every row.
     """
 
     drawn: torch.Tensor
@@ -65,7 +67,15 @@ class SamplingRows:
     choice: torch.Tensor
     any_drawn: bool
     any_restricted: bool
-    min_p: torch.Tensor | None = None
+    max_distance: torch.Tensor | None = None
+
+
+def max_distance(min_p: float) -> float:
+    """How far from the largest a token's logit may lie, both divided by the temperature; infinity where min-p is off.
+
+    On the host, so that all samplers cut at the same float32. Never -0.0, whose bits are not in the order of numbers.
+    """
+    return abs(math.log(min_p)) if min_p > 0 else math.inf
 
 
 def sampling_rows(
@@ -78,10 +88,10 @@ def sampling_rows(
     top_k = [min(s.top_k, vocab_size) if s.top_k > 0 else vocab_size for _, _, s in drawn]
 
     def words(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+        return to_device(values, torch.int64, device)
 
     def reals(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+        return to_device(values, torch.float32, device)
 
     return SamplingRows(
         drawn=words([row for row, _, _ in drawn]),
@@ -94,7 +104,7 @@ def sampling_rows(
         choice=words([s.choice for _, _, s in drawn]),
         any_drawn=bool(drawn),
         any_restricted=any(k < vocab_size or s.top_p < 1 for k, (_, _, s) in zip(top_k, drawn, strict=True)),
-        min_p=reals([s.min_p for _, _, s in drawn]) if any(s.min_p > 0 for _, _, s in drawn) else None,
+        max_distance=reals([max_distance(s.min_p) for _, _, s in drawn]) if any(s.min_p for _, _, s in drawn) else None,
     )
 
 
@@ -114,9 +124,9 @@ def _draw(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / rows.temperature.unsqueeze(-1)
     if rows.any_restricted:
         scaled = _restrict(scaled, rows.top_k.unsqueeze(-1), rows.top_p.unsqueeze(-1))
-    if rows.min_p is not None:
+    if rows.max_distance is not None:
         # The largest is 0 here, so a token's probability relative to the likeliest is the exponential of its own.
-        scaled = scaled.masked_fill(scaled < rows.min_p.log().unsqueeze(-1), -torch.inf)
+        scaled = scaled.masked_fill(scaled < -rows.max_distance.unsqueeze(-1), -torch.inf)
     return (scaled.double() + gumbel(rows, logits.shape[-1])).argmax(dim=-1)
 
 

@@ -23,6 +23,24 @@ _TORCH_DTYPES = {
 }
 
 
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A list as a tensor there, for callers that may call any number of times a step: none waits for the device.
+
+    On a GPU it passes through pinned memory of torch's own, which is given out again only when the copy has ended.
+    """
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def start_fetch(x: torch.Tensor) -> torch.Tensor:
+    """The same on the host, complete when all that is launched on the current stream by now has ended.
+
+    Without a copy where it is there already.
+    """
+    if x.device.type != "cuda":
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
 class PendingTokens(Protocol):
     """The draws of a launched step."""
 

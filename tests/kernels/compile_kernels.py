@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from baton.engine.kernels import sampling
 from baton.engine.kernels.decode_attention import decode_attention_kernel
 from baton.engine.kernels.decode_inputs import decode_inputs_kernel
 from baton.engine.kernels.decode_splits import merge_splits_kernel
@@ -44,6 +45,7 @@ POINTERS = {
     **dict.fromkeys(("positions_ptr", "slot_mapping_ptr", "block_ids_ptr", "sums_ptr", "salts_ptr"), "*i64"),
     **dict.fromkeys(("top_k_ptr", "seed_ptr", "choice_ptr", "position_ptr", "token_ptr"), "*i64"),
     **dict.fromkeys(("partial_ptr", "lse_ptr", "cos_sin_ptr", "maxima_ptr", "temperature_ptr", "top_p_ptr"), "*fp32"),
+    "max_distance_ptr": "*fp32",
     "best_value_ptr": "*fp64",
 }
 FLOATS = ("scale_log2", "eps")
@@ -124,9 +126,11 @@ def small_kernels(dtype: str) -> Iterator[Variant]:
     yield Variant(move_blocks_kernel, {"PLANE": 8192, "WORDS": 1024, "BLOCKS": 8, "PACK": False}, dtype)
     yield Variant(finish_fingerprints_kernel, {"BLOCK": 256}, dtype)
     vocab, parts = {"VOCAB_SIZE": 128256}, {"NUM_PARTS": 32, "PARTS_PAD": 32}
-    yield Variant(row_max_kernel, {**vocab, "TILE": 1024, "TILES": 4}, dtype)
-    yield Variant(limits_kernel, {**vocab, **parts, "TILE": 4096}, dtype, num_warps=8)
-    yield Variant(race_kernel, {**vocab, **parts, "TILE": 1024, "TILES": 4}, dtype)
+    tiles = {"TILE": sampling.TILE, "TILES": sampling.TILES_PER_PROGRAM}
+    yield Variant(row_max_kernel, {**vocab, **tiles}, dtype)
+    limits = {**vocab, **parts, "TILE": sampling.LIMIT_TILE}
+    yield Variant(limits_kernel, limits, dtype, num_warps=sampling.LIMIT_WARPS)
+    yield Variant(race_kernel, {**vocab, **parts, **tiles}, dtype)
     yield Variant(winner_kernel, parts, dtype, num_warps=1)
     yield Variant(decode_inputs_kernel, {"MAX_BLOCKS": 512, "BLOCK_SIZE": 16, "TILE": 256}, dtype, num_warps=2)
     yield Variant(greedy_parts_kernel, {**vocab, "TILE": 2048, "TILES": 2}, dtype)

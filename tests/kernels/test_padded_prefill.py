@@ -18,6 +18,8 @@ from tests.kernels.reference import Batch, Shape, assert_close, attention, make_
 from tests.support.engine_harness import greedy, make_harness, random_prompt
 from tests.support.tiny_model import make_tiny_llama
 
+GQA, MHA = Shape(6, 2, 32), Shape(8, 8, 16, 32)
+
 
 def padded(
     batch: Batch, num_decodes: int, num_prefills: int, num_tokens: int
@@ -49,16 +51,15 @@ def padded(
 
 
 @pytest.mark.parametrize(
-    ("decodes", "prefills"),
+    ("shape", "decodes", "prefills"),
     [
-        ([], [(1, 1)]),
-        ([], [(33, 17), (5, 5), (16, 16)]),
-        ([18, 1], [(40, 33), (64, 1)]),
-        ([16, 33, 5], [(17, 1)]),
+        (GQA, [], [(1, 1)]),
+        (MHA, [], [(33, 17), (5, 5), (16, 16)]),
+        (GQA, [18, 1], [(40, 33), (64, 1)]),
+        (MHA, [16, 33, 5], [(17, 1)]),
     ],
     ids=["one token", "several", "mixed", "mostly decodes"],
 )
-@pytest.mark.parametrize("shape", [Shape(6, 2, 32), Shape(8, 8, 16, 32)], ids=["gqa3", "mha"])
 def test_padding_changes_no_bit(
     shape: Shape, decodes: list[int], prefills: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -117,7 +118,8 @@ def test_a_model_through_the_kernels(tmp_path: Path) -> None:
     steps = PaddedSteps(runner, greedy_tokens, 36, 4, 16)
     with torch.inference_mode():
         batch = build_batch(step, 16)
-        _, expected, tokens = runner._compute(batch, step.sampled(), None)
+        _, expected = runner._forward(batch, None)
+        tokens = runner._draw(expected, step.sampled(), batch.draw_positions)
         written = runner.kv_cache.clone()
         runner.kv_cache.copy_(before)
         logits = steps.compute(steps.fill(step, batch))

@@ -11,6 +11,7 @@ import torch
 from baton.engine.kernels.greedy import greedy_tokens
 from baton.engine.kernels.sampling import sample
 from baton.engine.request import Request
+from baton.engine.sampler import max_distance
 from baton.engine.staging import CudaStaging
 
 
@@ -28,14 +29,15 @@ class TritonSampler:
             tokens = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
             greedy_tokens(logits, tokens)
             return tokens
-        temperature, top_p, top_k, seed, choice, position = self._staging.upload(
+        temperature, top_p, distance, top_k, seed, choice, position = self._staging.upload(
             (
                 np.array([s.temperature for s in settings], dtype=np.float32),
                 np.array([s.top_p for s in settings], dtype=np.float32),
+                np.array([max_distance(s.min_p) for s in settings], dtype=np.float32),
                 np.array([s.top_k for s in settings], dtype=np.int64),
                 np.array([s.seed for s in settings], dtype=np.uint64).view(np.int64),
                 np.array([s.choice for s in settings], dtype=np.int64),
                 positions,
             )
         )
-        return sample(logits, temperature, top_k, top_p, seed, choice, position)
+        return sample(logits, temperature, top_k, top_p, distance, seed, choice, position)

@@ -1,7 +1,7 @@
 """Sampling without a softmax over, or a sort of, the vocabulary. Draws what `baton.engine.sampler` defines.
 
 A row's token is the winner of a Gumbel race: (logit - max) / temperature - log(-log(u)), u from Philox4x32-10 with the
-seed as key and counter (token id, position, choice, 0). Top-k and top-p become one limit: see `sampling_limits`.
+seed as key and counter (token id, position, choice, 0). Top-k, top-p and min-p become one limit: see `sampling_limits`.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
@@ -14,10 +14,10 @@ import triton.language as tl
 from baton.engine.kernels.launch import cdiv, next_power_of_2
 from baton.engine.kernels.sampling_limits import limits_kernel, load_distances, load_row_max, load_temperature
 
-_TILE = 1024
-_LIMIT_TILE = 2048
-_LIMIT_WARPS = 16
-_TILES_PER_PROGRAM = 4
+TILE = 1024
+LIMIT_TILE = 2048
+LIMIT_WARPS = 16
+TILES_PER_PROGRAM = 4
 
 
 @triton.jit
@@ -125,35 +125,37 @@ def sample(
     temperature: torch.Tensor,
     top_k: torch.Tensor,
     top_p: torch.Tensor,
+    max_distance: torch.Tensor,
     seed: torch.Tensor,
     choice: torch.Tensor,
     position: torch.Tensor,
 ) -> torch.Tensor:
     """One token per row: int64 [num_rows], -1 where the logits have no finite maximum. Legal in a CUDA graph.
 
-    logits: [num_rows, vocab_size]. Per row: temperature, top_p float32 (temperature 0 is greedy, top_p 1 is off); top_k
-    (below 1, or not below the vocabulary's size: off), seed (the bits of an unsigned one), choice, position int64; the
-    position is that of the drawn token in the sequence. Raises ValueError.
+    logits: [num_rows, vocab_size]. Per row: temperature, top_p, max_distance float32 (temperature 0 is greedy, top_p 1
+    is off; min-p as `baton.engine.sampler.max_distance`, infinity is off); top_k (below 1, or not below the
+    vocabulary's size: off), seed (the bits of an unsigned one), choice, position int64; the position is that of the
+    drawn token in the sequence. Raises ValueError.
     """
     num_rows, vocab_size = logits.shape
     if logits.stride(1) != 1:
         raise ValueError("rows of logits must be contiguous")
-    if any(x.shape != (num_rows,) or x.dtype != torch.float32 for x in (temperature, top_p)):
-        raise ValueError(f"temperature and top_p must be float32 [{num_rows}]")
+    if any(x.shape != (num_rows,) or x.dtype != torch.float32 for x in (temperature, top_p, max_distance)):
+        raise ValueError(f"temperature, top_p and max_distance must be float32 [{num_rows}]")
     if any(x.shape != (num_rows,) or x.dtype != torch.int64 for x in (top_k, seed, choice, position)):
         raise ValueError(f"top_k, seed, choice and position must be int64 [{num_rows}]")
     device = logits.device
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_rows == 0:
         return tokens
-    parts = cdiv(vocab_size, _TILE * _TILES_PER_PROGRAM)
+    parts = cdiv(vocab_size, TILE * TILES_PER_PROGRAM)
     parts_pad = next_power_of_2(parts)
     maxima = torch.empty((num_rows, parts), dtype=torch.float32, device=device)
     best_value = torch.empty((num_rows, parts), dtype=torch.float64, device=device)
     best_token = torch.empty((num_rows, parts), dtype=torch.int32, device=device)
     limit, last_token = torch.empty((2, num_rows), dtype=torch.int32, device=device)
     stride, size = logits.stride(0), {"NUM_PARTS": parts, "PARTS_PAD": parts_pad}
-    tiles = {"VOCAB_SIZE": vocab_size, "TILE": _TILE, "TILES": _TILES_PER_PROGRAM}
+    tiles = {"VOCAB_SIZE": vocab_size, "TILE": TILE, "TILES": TILES_PER_PROGRAM}
     row_max_kernel[(num_rows, parts)](logits, maxima, stride, **tiles)
     limits_kernel[(num_rows,)](
         logits,
@@ -161,13 +163,14 @@ def sample(
         temperature,
         top_k,
         top_p,
+        max_distance,
         limit,
         last_token,
         stride,
         vocab_size,
-        TILE=_LIMIT_TILE,
+        TILE=LIMIT_TILE,
         **size,
-        num_warps=_LIMIT_WARPS,
+        num_warps=LIMIT_WARPS,
     )
     race_kernel[(num_rows, parts)](
         logits,

@@ -1,8 +1,9 @@
-"""What top-k and top-p leave of a row, without sorting it.
+"""What top-k, top-p and min-p leave of a row, without sorting it.
 
 Tokens are ranked by (max - logit) / temperature, a float32 that is never negative, so its bits keep its order: a
 search over them finds the limit that as many tokens, or as much probability, lie within. Each pass over the row tries
-seven limits and leaves an eighth of the range. Of the tokens exactly at the limit the lower ids stay.
+seven limits and leaves an eighth of the range. Of the tokens exactly at the limit the lower ids stay. Min-p is such a
+limit from the start.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
@@ -115,6 +116,7 @@ def limits_kernel(
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
+    max_distance_ptr,
     limit_ptr,  # int32 [num_rows]: tokens stay whose distance's bits are smaller than this
     last_token_ptr,  # int32 [num_rows]: tokens at the limit stay up to this id
     stride_logits,
@@ -153,5 +155,9 @@ def limits_kernel(
             needed = tl.minimum(tl.ceil((wanted - nearer) / each), ties.to(tl.float64))
             ties = tl.maximum(needed.to(tl.int32), 1)
         last_token = _last_kept(logits_row, row_max, temperature, limit, ties, VOCAB_SIZE, TILE)
+    max_distance = tl.load(max_distance_ptr + row).to(tl.int32, bitcast=True)
+    if max_distance < limit:
+        limit = max_distance
+        last_token = top_k * 0 + VOCAB_SIZE
     tl.store(limit_ptr + row, limit)
     tl.store(last_token_ptr + row, last_token)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -13,7 +16,8 @@ from baton.common.errors import ConfigError
 from baton.engine.build import build_engine, resolve_dtype
 from baton.engine.loop import Engine
 from baton.engine.pool_size import CPU_CACHE_BYTES, connection_bytes
-from baton.engine.warm_up import decode_sizes, warm_up
+from baton.engine.request import Request
+from baton.engine.warm_up import decode_sizes, harmless_batch, warm_up
 from tests.support.engine_harness import RecordingPorts, greedy, make_harness, random_prompt
 from tests.support.tiny_model import make_tiny_llama
 
@@ -92,6 +96,30 @@ def test_warming_up_leaves_no_trace(model_dir: Path) -> None:
     warm_up(harness.engine._runner, 5)
     assert not harness.engine.kv_cache.any()
     assert [decode_sizes(n) for n in (1, 2, 5, 8)] == [[1], [1, 2], [1, 2, 4, 5], [1, 2, 4, 8]]
+
+
+def test_profiling_draws_plainly_and_in_the_way_that_takes_the_most_memory(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What requests with penalties keep is there when the forward pass is measured."""
+    runner = build(model_dir)._runner
+    forward, draw = runner.model.forward, runner.sampler.sample
+    seen: list[object] = []
+
+    def sample(logits: torch.Tensor, requests: Sequence[Request], positions: npt.NDArray[np.int64]) -> torch.Tensor:
+        seen.append((len({id(request) for request in requests}), requests[0].sampling.has_penalties))
+        return draw(logits, requests, positions)
+
+    def counted(*args: object) -> torch.Tensor:
+        seen.append("forward")
+        return forward(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner.sampler, "sample", sample)
+    monkeypatch.setattr(runner.model, "forward", counted)
+    runner.profile(harmless_batch(3, num_prefills=1))
+    assert seen == [(3, True), "forward", (3, False), (3, True)]
+    runner.profile(harmless_batch(0, num_prefills=1))
+    assert seen[4:] == ["forward"]
 
 
 def test_memory_for_connections_grows_with_pairs_slots_and_channels() -> None:

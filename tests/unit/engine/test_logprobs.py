@@ -98,7 +98,7 @@ def test_prompts_in_chunks_and_over_a_cached_prefix(model_dir: Path, reference: 
 def test_a_prompt_longer_than_what_is_computed_at_once(
     model_dir: Path, reference: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("baton.engine.logprobs._ROWS_AT_ONCE", 16)
+    monkeypatch.setattr("baton.engine.logprobs.MAX_LOGPROB_ROWS", 16)
     harness = make_harness(model_dir, max_num_batched_tokens=50)
     prompts = {"a": random_prompt(100), "b": random_prompt(1), "c": random_prompt(2)}
     harness.generate(*(wanting(name, prompt, 1, prompt_logprobs=0) for name, prompt in prompts.items()))

@@ -146,7 +146,8 @@ def test_bit_equal_logits(
     before = runner.kv_cache.clone()
     with torch.inference_mode():
         batch = build_batch(step, 16)
-        _, logits, tokens = runner._compute(batch, step.sampled(), None)
+        _, logits = runner._forward(batch, None)
+        tokens = runner._draw(logits, step.sampled(), batch.draw_positions)
         written = runner.kv_cache.clone()
         runner.kv_cache.copy_(before)
         assert path.takes(step)
@@ -186,7 +187,7 @@ def test_steps_that_are_computed_otherwise(model_dir: Path) -> None:
     assert not path.takes(make_step([5, 6], []))
     assert path.takes(make_step([], [(0, 1)] * MAX_PREFILLS))
     assert not path.takes(make_step([], [(0, 1)] * (MAX_PREFILLS + 1)))
-    for settings in ({"frequency_penalty": 0.5}, {"logprobs": 1}, {"min_p": 0.1}, {"prompt_logprobs": 0}):
+    for settings in ({"frequency_penalty": 0.5}, {"logprobs": 1}, {"prompt_logprobs": 0}):
         request = make_request("r", random_prompt(9), SamplingParams(max_tokens=5, **settings))
         assert not path.takes(ScheduledStep(prefills=(PrefillSegment(request, 0, 9),)))
 
@@ -212,14 +213,17 @@ def test_buckets_hold_what_they_say() -> None:
     buckets = Buckets(1000, 256)
     assert buckets.largest_first[0] == Bucket(1000, 256, MAX_PREFILLS)
     assert buckets.find(300, 0, 1) == Bucket(320, 0, MAX_PREFILLS)
-    assert buckets.find(300, 9, 1) == Bucket(384, 256, MAX_PREFILLS)
+    assert buckets.find(300, 9, 1) == Bucket(384, 32, MAX_PREFILLS)
+    assert buckets.find(300, 33, 1) == Bucket(384, 256, MAX_PREFILLS)
+    assert buckets.find(300, 257, 1) is None
     assert buckets.find(1, 0, 1) == Bucket(64, 0, MAX_PREFILLS)
     assert buckets.find(1000, 255, MAX_PREFILLS) == Bucket(1000, 256, MAX_PREFILLS)
     assert buckets.find(1001, 0, 1) is None
     assert buckets.find(20, 0, MAX_PREFILLS + 1) is None
     assert {bucket.num_tokens for bucket in Buckets(7, 3).largest_first} == {7}
     for bucket in buckets.largest_first:
-        assert bucket.num_decodes in (0, min(256, bucket.num_tokens))
+        assert bucket.num_decodes in (0, 32, min(256, bucket.num_tokens))
+    assert len(buckets.largest_first) == len(set(Buckets(1000, 20).largest_first)) + 8
 
 
 def test_every_array_lies_where_wide_loads_can_read_it() -> None:
