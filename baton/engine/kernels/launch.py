@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from triton.runtime import driver
 
 # Of one launcher function: a prompt's length makes a class of its own.
 NUM_PLANS = 1024
@@ -49,9 +50,10 @@ class Launch:
 
     The kernel is compiled, or found, by the first call. Tensors of later calls must have the signatures of the first
     one's and be on its device. `options`: num_warps and the like. Legal in a CUDA graph from the second call on.
+    Triton's hooks around launches, which profilers may set, hear of the first call only.
     """
 
-    __slots__ = ("_constants", "_grid", "_kernel", "_numbers", "_options", "_run", "_tail")
+    __slots__ = ("_constants", "_grid", "_head", "_kernel", "_numbers", "_options", "_run", "_tail")
 
     def __init__(
         self,
@@ -67,15 +69,18 @@ class Launch:
         self._constants = constants
         self._options = options
         self._run: Callable[..., object] | None = None
+        self._head: tuple[object, ...] = ()
         self._tail: tuple[object, ...] = ()
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         """On the current stream."""
         if self._run is not None:
-            self._run(*tensors, *self._tail)
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            self._run(*self._grid, stream, *self._head, *tensors, *self._tail)
             return
         compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
             names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
             self._tail = (*self._numbers, *(self._constants[name] for name in names))
-            self._run = compiled[self._grid]
+            self._run = compiled.run  # which loads the kernel, so it comes first
+            self._head = (compiled.function, compiled.packed_metadata, None, None, None)
