@@ -25,8 +25,8 @@ class BlockTableRows:
 
     def rows_of(self, requests: Iterable[Request]) -> list[int]:
         """Each request's row; a new one is taken where it has none. The rows of ended requests are used again."""
-        known = self._row_of
-        return [known[r.request_id] if r.request_id in known else self._take(r) for r in requests]
+        rows, owners = self._row_of, self._owners
+        return [rows[r.request_id] if owners.get(r.request_id) is r else self._take(r) for r in requests]
 
     def news(self, requests: Iterable[Request]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Flat indices and blocks that were added to these requests' tables since they were last asked about."""
@@ -43,6 +43,8 @@ class BlockTableRows:
         return np.array(indices, dtype=np.int64), np.array(blocks, dtype=np.int32)
 
     def _take(self, request: Request) -> int:
+        if request.request_id in self._owners:  # an earlier request had this id, and its row is what it leaves
+            self._release(request.request_id)
         if not self._free:
             self._reclaim()
         row = self._free.pop()
@@ -53,5 +55,8 @@ class BlockTableRows:
 
     def _reclaim(self) -> None:
         for request_id in [name for name, owner in self._owners.items() if owner.phase is not Phase.RUNNING]:
-            self._free.append(self._row_of.pop(request_id))
-            del self._owners[request_id]
+            self._release(request_id)
+
+    def _release(self, request_id: str) -> None:
+        self._free.append(self._row_of.pop(request_id))
+        del self._owners[request_id]
