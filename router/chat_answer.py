@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from router.answers import Content, with_usage
 from router.chat_request import ChatRequest
 from router.choice import Choice, group_id, total_usage
+from router.json_pieces import EncodedList, dumps
 from router.text import TextDelta
 from router.token_text import TokenTexts
 from router.tokenizer import Tokenizer
+from router.turns import Turns
 
 
 class ChatAnswer:
@@ -41,14 +42,14 @@ class ChatAnswer:
         return self._chunk([]) | {"usage": total_usage(self.choices).as_dict()}
 
     async def whole(self, deltas: list[list[TextDelta]]) -> Content:
-        contents = []
+        contents, turns = [], Turns()
         for choice, parts in zip(self.choices, deltas, strict=True):
             message: Content = {"role": "assistant", "content": "".join(delta.text for delta in parts), "refusal": None}
-            entries: list[Content] = []
+            entries: list[str] = []
             for delta in parts:
-                entries += self._entries(delta)
-                await asyncio.sleep(0)
-            contents.append(self._choice(choice, parts[-1], "message", message, entries))
+                entries += map(dumps, self._entries(delta))
+                await turns.give_way()
+            contents.append(self._choice(choice, parts[-1], "message", message, EncodedList(entries)))
             if self._request.return_token_ids:
                 contents[-1]["token_ids"] = [token_id for delta in parts for token_id in delta.token_ids]
         return {
@@ -61,7 +62,7 @@ class ChatAnswer:
     def _chunk(self, choices: list[Content]) -> Content:
         return {**self._head, "object": "chat.completion.chunk", "choices": choices}
 
-    def _choice(self, choice: Choice, delta: TextDelta, kind: str, message: Content, entries: list[Content]) -> Content:
+    def _choice(self, choice: Choice, delta: TextDelta, kind: str, message: Content, entries: object) -> Content:
         """`delta` is the last one."""
         content: Content = {
             "index": choice.index,

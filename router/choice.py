@@ -13,6 +13,7 @@ from baton.common.sampling import TokenLogprobs
 from router.attempt import read_logprobs
 from router.generation import Generation
 from router.text import TextAssembler, TextDelta
+from router.turns import Turns
 
 
 @dataclass(slots=True)
@@ -109,10 +110,12 @@ def total_usage(choices: Iterable[Choice]) -> Usage:
 
 
 async def merged(choices: list[Choice]) -> AsyncGenerator[tuple[Choice, TextDelta], None]:
-    """Deltas of all choices as they come. The first error ends it and is raised."""
+    """Deltas of all choices as they come; what is done with one belongs to this turn. The first error is raised."""
+    turns = Turns()
     if len(choices) == 1:
         async for delta in choices[0]:
             yield choices[0], delta
+            await turns.give_way()
         return
     pending: dict[asyncio.Task[TextDelta | None], tuple[Choice, AsyncIterator[TextDelta]]] = {}
     for choice in choices:
@@ -126,6 +129,7 @@ async def merged(choices: list[Choice]) -> AsyncGenerator[tuple[Choice, TextDelt
                 if (news := task.result()) is not None:
                     pending[asyncio.create_task(_next(deltas))] = choice, deltas
                     yield choice, news
+                    await turns.give_way()
     finally:
         for task in pending:
             task.cancel()

@@ -1,9 +1,9 @@
 """uvicorn's h11 protocol with bounds on what a client may cost: turns of the event loop, and what it does not read.
 
 h11 is pure Python and takes some ten microseconds per line: a packet full of chunks of one byte would stop the loop for
-seconds. Such packets are fed in slices, one per turn. A request must be whole REQUEST_S after its first byte, which must
-come REQUEST_S after the connection. A client that takes nothing of a full buffer for STALLED_CLIENT_S is cut off. Used
-by server.py.
+seconds. Such packets are fed in slices, one per turn. A request must be whole REQUEST_S after its first byte, and that
+must come REQUEST_S after the connection. A client that takes nothing of a full buffer for STALLED_CLIENT_S is cut off.
+Used by server.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a request has emitted so far and how it ended: written by its attempts, read by the front end.
 
-The buffer between the two is bounded: see MAX_UNREAD_TOKENS in generation.py. Event loop only.
+The buffer between the two is bounded: see MAX_UNREAD_TOKENS in generation.py. What a slow reader finds there comes in
+pieces that are small enough to be put into words in one turn of the loop. Event loop only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from router.metrics import Metrics
 from router.record import RequestRecord
 from router.types import RequestCancelled, TokenEvent
 
+MAX_EVENT_TOKENS = 32
 _LABELS: dict[type[BatonError], str] = {
     RequestCancelled: "cancelled",
     DeadlineExceeded: "deadline",
@@ -49,14 +51,18 @@ class Output:
         return len(self.emitted) - self._num_read
 
     async def next(self) -> TokenEvent | None:
-        """All unread tokens as soon as there are any; None after the last event. Raises the error that ended it."""
+        """The next unread tokens, up to MAX_EVENT_TOKENS, as soon as there are any; None after the last event.
+
+        Raises the error that ended it, after all tokens.
+        """
         while not self.num_unread and not self.is_over:
             self._news.clear()
             await self._news.wait()
-        unread = tuple(self.emitted[self._num_read :])
+        unread = tuple(self.emitted[self._num_read : self._num_read + MAX_EVENT_TOKENS])
         self._num_read += len(unread)
-        logprobs, self._unread_logprobs = tuple(self._unread_logprobs), []
-        if self._finish_reason is not None:
+        logprobs = tuple(self._unread_logprobs[:MAX_EVENT_TOKENS])
+        del self._unread_logprobs[:MAX_EVENT_TOKENS]
+        if self._finish_reason is not None and not self.num_unread:
             was_read, self._end_was_read = self._end_was_read, True
             return None if was_read else TokenEvent(unread, self._finish_reason, logprobs)
         if unread:
