@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import cache
 
 import torch
+
+from kv_transfer import streams
 
 _CALIBRATE_AFTER_S = 5.0  # event differences are 32-bit milliseconds: they lose microseconds within a minute
 _TRIES = 5
@@ -37,10 +40,10 @@ class DeviceClock:
     def _calibrate(self) -> None:
         """The tightest of some tries: the time of an event is known to within what it took to wait for it.
 
-        Torch hands streams out in turn, so others may have this one too: while they do, the reference stays.
+        NCCL may have been handed the same stream by torch: while it uses it, the reference stays.
         """
         if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._stream = streams.take(self._device)
         if not self._stream.query():
             return
         best = float("inf")
@@ -51,6 +54,12 @@ class DeviceClock:
             took = time.monotonic() - before
             if took < best:
                 best, self._reference, self._reference_at = took, event, before + took / 2
+
+
+@cache
+def clock_of(device: torch.device) -> DeviceClock:
+    """The one that this process uses for a device."""
+    return DeviceClock(device)
 
 
 def timing_event() -> torch.cuda.Event:

@@ -16,6 +16,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from kv_transfer import streams
 from kv_transfer.events import PeerLost
 from kv_transfer.jobs import JobThread
 from kv_transfer.staging import StagingPool
@@ -87,6 +88,8 @@ class Link(Generic[E]):
         for thread in (self._starts, self._wire.ends, self._copy.ends):
             if not thread.close(self._close_timeout_s):
                 raise TransferError(f"a transfer thread is still busy {self._close_timeout_s} s after close")
+        for lane in (self._wire, self._copy):
+            lane.stream.close()
 
     def _submit(self, lane: Lane, action: _SlotAction, start: Callable[[], Finish[E] | None]) -> None:
         """`start` launches the job on the lane's stream and returns how to wait for it, None where another job does."""
@@ -137,9 +140,9 @@ class TransferStream:
     """A CUDA stream for one lane; on the CPU, nothing. Zero is the lowest priority, negative ones go first."""
 
     def __init__(self, device: torch.device, priority: int) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+        self._device = device
+        self._priority = priority
+        self._stream = streams.take(device, priority) if device.type == "cuda" else None
 
     @contextmanager
     def after(self, event: torch.cuda.Event | None) -> Iterator[None]:
@@ -151,3 +154,9 @@ class TransferStream:
             if event is not None:
                 self._stream.wait_event(event)
             yield
+
+    def close(self) -> None:
+        """Nothing is launched any more, and what was has ended. Idempotent."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            streams.give_back(stream, self._device, self._priority)

@@ -19,6 +19,7 @@ import torch.distributed
 from torch.distributed.distributed_c10d import Store
 
 from baton.common.errors import ConfigError
+from kv_transfer.streams import borrowed
 from kv_transfer.transport import PairGroup, TransferError, close_late, first_line, run_bounded
 
 MESSAGE_BYTES = 32 * 1024 * 1024  # the largest: what a pair launches before others may
@@ -48,7 +49,7 @@ def connect_nccl(
 
     def join() -> NcclTransport:
         # A stream of its own: on the thread's default one the model's kernels would wait for the peer's byte.
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device), borrowed(device):
             group = _make_group(factory, store, rank, device, connect_timeout_s, max_ctas, high_priority)
             transport = NcclTransport(group, 1 - rank, operation_timeout_s, launch_lock)
             try:

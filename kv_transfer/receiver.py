@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from kv_transfer.device_clock import DeviceClock
+from kv_transfer.device_clock import clock_of
 from kv_transfer.events import PeerLost, Received, StartRecv, Unpack, Unpacked
 from kv_transfer.fingerprint import block_salts
 from kv_transfer.link import LOW_PRIORITY, Link
@@ -58,7 +58,7 @@ class RecvLink(Link[Received | Unpacked]):
         self._packer = packer
         self._kv_cache = kv_cache
         self._timeline = timeline or Timeline()
-        self._clock = DeviceClock(staging.device)
+        self._clock = clock_of(staging.device)
         self._arrivals: dict[int, _Arrival] = {}  # by slot, until its unpack
 
     def start_recv(self, action: StartRecv) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kv_transfer.device_clock import DeviceClock
+from kv_transfer.device_clock import clock_of
 from kv_transfer.events import Pack, Packed, PeerLost, SendDone, StartSend
 from kv_transfer.fingerprint import block_salts
 from kv_transfer.link import HIGH_PRIORITY, Link
@@ -38,7 +38,7 @@ class SendLink(Link[Packed | SendDone]):
         self._packer = packer
         self._kv_cache = kv_cache
         self._packed_bytes: dict[int, int] = {}
-        self._clock = DeviceClock(staging.device)
+        self._clock = clock_of(staging.device)
         self.meter = LinkMeter()
 
     def pack(self, action: Pack, block_ids: Sequence[int], event: torch.cuda.Event | None) -> None:

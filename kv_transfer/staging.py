@@ -17,6 +17,7 @@ import torch
 
 from baton.common.errors import ConfigError
 from baton.engine.kv_layout import KVLayout
+from kv_transfer import streams
 from kv_transfer.transport import TransferError
 
 logger = logging.getLogger(__name__)
@@ -111,4 +112,4 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
     Not the default stream, on which the model runs: to wait for that is to wait for a whole prefill.
     """
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return streams.take(device)

@@ -6,7 +6,7 @@ Only `kv_transfer.packing.make_packer` imports this module, so that machines wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from baton.engine.kernels import kv_pack
 from kv_transfer.fingerprint import Salts, block_salts
 from kv_transfer.messages import LeaseKey, Segment
 from kv_transfer.packing import Copy, Done, are_expected, checked_ids
+from kv_transfer.streams import borrowed
 
 
 class TritonPacker:
@@ -53,17 +54,11 @@ def warm_up(kv_cache: torch.Tensor) -> None:
     segment = Segment(0, 1, 0, 1)
     salts = block_salts(LeaseKey(0, 0), 0, segment)
     device, packer = kv_cache.device, TritonPacker()
-    with _side_stream(device):
+    with borrowed(device) if device.type == "cuda" else nullcontext():
         data = torch.empty(kv_cache[0, :, 0].nbytes, dtype=torch.uint8, device=device)
         fingerprints = packer.start_pack(kv_cache, segment, [0], data, salts).wait()
         if not packer.start_unpack(kv_cache, segment, [0], data, salts, fingerprints).wait():
             raise RuntimeError(f"{device}: what the pack kernel wrote the unpack kernel does not verify")
-
-
-def _side_stream(device: torch.device) -> AbstractContextManager[object]:
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def upload(block_ids: npt.NDArray[np.int64], salts: Salts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 from baton.engine.kv_layout import KVLayout
 from baton.engine.loop import Engine
 from baton.engine.ports import Admission, Command, EngineStats, Ports, PrefillDone, SegmentWritten, StepReport
-from kv_transfer.device_clock import DeviceClock, timing_event
+from kv_transfer.device_clock import clock_of, timing_event
 
 
 class Marks:
@@ -25,7 +25,7 @@ class Marks:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._clock = DeviceClock(device)
+        self._clock = clock_of(device)
 
     def mark(self) -> torch.cuda.Event | float:
         """Now, in the order of the current stream's work."""

@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 import torch
 
-from kv_transfer import device_clock
+from kv_transfer import device_clock, streams
 from kv_transfer.device_clock import DeviceClock
 
 DEVICE = torch.device("cuda", 0)
@@ -56,7 +56,7 @@ class FakeEvent:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     fake = FakeDevice()
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: FakeStream(fake))
+    monkeypatch.setattr(streams, "take", lambda _: FakeStream(fake))
     monkeypatch.setattr(device_clock, "timing_event", lambda: FakeEvent(fake))
     monkeypatch.setattr(device_clock, "time", SimpleNamespace(monotonic=lambda: fake.now))
     return fake

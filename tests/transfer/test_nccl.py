@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,7 @@ import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from baton.common.errors import ConfigError
+from kv_transfer import streams
 from kv_transfer.connection import DECODE_RANK, PREFILL_RANK, connect, nccl_environment
 from kv_transfer.nccl import NcclTransport, connect_nccl
 from kv_transfer.transport import TransferError
@@ -179,7 +181,8 @@ class FakeNccl:
         self._group = group
         monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", self, raising=False)
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-        monkeypatch.setattr(torch.cuda, "Stream", lambda _: object())
+        monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: object())
+        monkeypatch.setattr(streams, "_idle", defaultdict(list))
         monkeypatch.setattr(torch.cuda, "stream", self._stream)
         monkeypatch.setattr(torch, "zeros", lambda *_, **__: BUFFER[:1])
 

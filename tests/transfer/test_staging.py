@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
+from baton.worker.faults import Faults
+from baton.worker.pair import Pairs
+from baton.worker.tasks import Tasks
 from kv_transfer import staging
 from kv_transfer.transport import TransferError
-from tests.transfer.io_support import EPOCH, WAIT_S, staging_pool
+from tests.transfer.io_support import CPU, EPOCH, LAYOUT, WAIT_S, staging_pool
 
 
 def test_slots_are_held_and_counted_while_their_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +34,23 @@ def test_slots_are_held_and_counted_while_their_memory_is_taken(monkeypatch: pyt
         assert pool.in_use == 1
         allowed.set()
         assert slot.result(WAIT_S).numel() == pool.slot_bytes
+
+
+async def test_a_pair_takes_its_memory_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    takers: list[threading.Thread] = []
+
+    def noted(*_: object) -> torch.Tensor:
+        takers.append(threading.current_thread())
+        return torch.zeros(1, 1, dtype=torch.uint8)
+
+    monkeypatch.setattr(staging, "_zeros", noted)
+    faults = Faults()
+    pairs: Pairs[object, Any] = Pairs(lambda _: None, LAYOUT, CPU, Tasks(faults), faults)
+    await pairs.staging("later", 3, 1 << 16, when_used=True)
+    assert takers == []
+    await pairs.staging("now", 3, 1 << 16, when_used=False)
+    assert takers != [threading.current_thread()]
+    assert len(takers) == 1
 
 
 def test_memory_that_is_not_there_is_told_with_what_to_change(
