@@ -76,7 +76,8 @@ class Admission:
 class WaitingLine:
     """Requests that wait for room on a worker, oldest first. Only the head is woken, so a wake-up is never a stampede.
 
-    The head looks whether it can start; if so it leaves and wakes the next.
+    The head looks whether it can start; if so it leaves and wakes the next. Those for which no worker is there stand
+    aside: they hold up nobody, and look when a worker comes or goes.
     """
 
     def __init__(self) -> None:
@@ -84,7 +85,7 @@ class WaitingLine:
         self._wakeups: dict[int, asyncio.Event] = {}
 
     def is_blocked(self, ticket: int) -> bool:
-        """An older request is waiting."""
+        """An older request is waiting for room."""
         return bool(self._tickets) and self._tickets[0] < ticket
 
     def join(self, ticket: int) -> None:
@@ -92,8 +93,14 @@ class WaitingLine:
             insort(self._tickets, ticket)
             self._wakeups[ticket] = asyncio.Event()
 
+    def stand_aside(self, ticket: int) -> None:
+        """Until the next `wake_all`. Repeating it is a no-op."""
+        if ticket in self._tickets:
+            self._tickets.remove(ticket)
+            self.wake()
+
     async def wait(self, ticket: int) -> None:
-        """Return when `ticket` heads the line and something has changed since its last look."""
+        """Return when something has changed for `ticket` since its last look."""
         event = self._wakeups[ticket]
         await event.wait()
         event.clear()
@@ -101,10 +108,15 @@ class WaitingLine:
     def leave(self, ticket: int) -> None:
         """Unknown tickets are a no-op. The next in line gets a look."""
         if self._wakeups.pop(ticket, None) is not None:
-            self._tickets.remove(ticket)
-            self.wake()
+            self.stand_aside(ticket)
 
     def wake(self) -> None:
         """Something changed on the workers: let the head look again."""
         if self._tickets:
             self._wakeups[self._tickets[0]].set()
+
+    def wake_all(self) -> None:
+        """A worker came or went: all are in line again and look whether they may go on waiting, and for what."""
+        self._tickets = sorted(self._wakeups)
+        for ticket in self._tickets:
+            self._wakeups[ticket].set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from baton.common.clock import Clock
 from baton.common.config import RouterConfig
@@ -25,6 +26,7 @@ class Placement:
         self._clock = clock
         self._line = WaitingLine()
         registry.subscribe(self._line.wake)
+        registry.subscribe_to_workers(self._line.wake_all)
 
     async def find(self, ticket: int, facts: RequestFacts, *, may_be_refused: bool) -> Decision:
         """A decision that can start now. `ticket` orders requests by age.
@@ -57,25 +59,29 @@ class Placement:
         no_worker_since: float | None = None
         while isinstance(choice, Wait):
             now = self._clock.now()
-            if not choice.no_worker:
+            patience_s: float | None = None
+            if choice.no_worker:
+                self._line.stand_aside(ticket)
+                no_worker_since = now if no_worker_since is None else no_worker_since
+                patience_s = self._patience_s(choice, now - no_worker_since)
+            else:
                 no_worker_since = None
-            elif no_worker_since is None:
-                no_worker_since = now
-            patience_s = None if no_worker_since is None else self._patience_s(no_worker_since, now)
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(patience_s):
                     await self._line.wait(ticket)
-            except TimeoutError:
-                waited_s = self._clock.now() - (now if no_worker_since is None else no_worker_since)
-                waited = f", nor came up within {waited_s:.0f} s" if waited_s >= 1 else ""
-                raise Unavailable(f"{choice.reason}{waited}") from None
             choice = self._choose(ticket, facts)
         return choice
 
-    def _patience_s(self, since: float, now: float) -> float:
-        """A cluster that has had workers gets them back, even if right now it has no member."""
+    def _patience_s(self, choice: Wait, waited_s: float) -> float:
+        """How much longer to wait for a worker. Raises Unavailable when it has been long enough.
+
+        A cluster that has had workers gets them back, even if right now it has no member.
+        """
         expected = self._registry.members or self._registry.has_had_workers
-        return max(since + WORKER_WAIT_S - now, 0.0) if expected else 0.0
+        if not expected or waited_s >= WORKER_WAIT_S:
+            waited = f", nor came up within {waited_s:.0f} s" if waited_s >= 1 else ""
+            raise Unavailable(f"{choice.reason}{waited}")
+        return WORKER_WAIT_S - waited_s
 
     def _choose(self, ticket: int, facts: RequestFacts) -> Decision | Wait:
         """The policy's choice; a hand-over does not overtake an older request that waits for room."""

@@ -46,6 +46,7 @@ class Registry:
         self._sessions: dict[str, WorkerSession] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._listeners: list[Callable[[], None]] = []
+        self._worker_listeners: list[Callable[[], None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._max_model_len = 0
         self._news = asyncio.Event()
@@ -85,6 +86,10 @@ class Registry:
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call `listener` whenever a request that waits might be able to start, or readiness may have changed."""
         self._listeners.append(listener)
+
+    def subscribe_to_workers(self, listener: Callable[[], None]) -> None:
+        """Call `listener` whenever a worker was attached or lost."""
+        self._worker_listeners.append(listener)
 
     @property
     def sessions(self) -> list[WorkerSession]:
@@ -144,7 +149,7 @@ class Registry:
                 self._introduce(session, other)
             elif session.hello.role == "decode" and other.hello.role == "prefill":
                 self._introduce(other, session)
-        self._changed()
+        self._workers_changed()
 
     def _introduce(self, prefill: WorkerSession, decode: WorkerSession) -> None:
         pair = self.pairs.introduce(prefill.hello, decode.hello)
@@ -164,7 +169,7 @@ class Registry:
         for other in self.sessions:
             if session.hello.role == "decode" and other.hello.role == "prefill":
                 other.send(pb.RouterFrame(disconnect_peer=pb.DisconnectPeer(worker_id=session.worker_id)))
-        self._changed()
+        self._workers_changed()
 
     def on_heartbeat(self, session: WorkerSession, beat: pb.WorkerHeartbeat) -> None:
         if session.beat is None or beat.steps != session.beat.steps:
@@ -187,6 +192,11 @@ class Registry:
 
     def on_room(self) -> None:
         self._changed()
+
+    def _workers_changed(self) -> None:
+        self._changed()
+        for listener in self._worker_listeners:
+            listener()
 
     def _changed(self) -> None:
         self._news.set()

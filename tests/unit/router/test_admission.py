@@ -107,3 +107,21 @@ async def test_younger_requests_are_blocked_by_older_ones_only() -> None:
     line.leave(4)
     line.leave(4)
     assert not line.is_blocked(5)
+
+
+async def test_who_stands_aside_holds_up_nobody_until_a_worker_comes() -> None:
+    line = WaitingLine()
+    for ticket in (1, 2):
+        line.join(ticket)
+    line.stand_aside(1)
+    line.stand_aside(1)
+    assert not line.is_blocked(2)
+    await line.wait(2)
+    line.wake_all()
+    assert line.is_blocked(2)
+    await asyncio.gather(line.wait(1), line.wait(2))
+    line.stand_aside(1)
+    line.leave(1)
+    line.leave(2)
+    line.wake_all()
+    assert not line.is_blocked(3)
