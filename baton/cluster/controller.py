@@ -8,18 +8,20 @@ go on while it is away.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from baton.cluster.layout import Role
 
 log = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 2.0
+_UNREACHABLE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +105,39 @@ class ClusterController:
                 actor = ray.get_actor(name, self._namespace)
                 await self._start(name, actor)
                 backoff_s = _FIRST_BACKOFF_S
-                await actor.wait_closed.remote()
+                await self._until_closed(name, actor)
                 return
             except (RayError, ValueError) as error:  # ValueError: no actor has this name
                 self._lost(name, error)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+
+    async def _until_closed(self, name: str, actor: Any) -> None:
+        """Returns when the worker has ended by itself; raises what ended its process.
+
+        Ray says "unavailable" of a process that it restarts, and also when only its connection broke.
+        """
+        while True:
+            try:
+                await actor.wait_closed.remote()
+                return
+            except ActorUnavailableError as error:
+                if not await self._is_still_there(name, actor):
+                    raise
+                log.warning("%s was out of Ray's reach: %s", name, cause_of(error))
+                await asyncio.sleep(_FIRST_BACKOFF_S)
+
+    async def _is_still_there(self, name: str, actor: Any) -> bool:
+        """Whether the process that is a member answers within _UNREACHABLE_S. A new one has another worker_id."""
+        try:
+            async with asyncio.timeout(_UNREACHABLE_S):
+                while True:
+                    with contextlib.suppress(ActorUnavailableError):
+                        reply = await actor.start.remote(self._config_json)
+                        return bool(reply["worker_id"] == self._members[name].worker_id)
+                    await asyncio.sleep(_FIRST_BACKOFF_S)
+        except TimeoutError:
+            return False
 
     async def _start(self, name: str, actor: Any) -> None:
         reply = await actor.start.remote(self._config_json)

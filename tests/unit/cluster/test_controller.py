@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
+from baton.cluster import controller
 from baton.cluster.controller import ClusterController, Membership
 
 WAIT_S = 10.0
@@ -28,23 +29,34 @@ class Worker:
         self.name = name
         self.num_processes = 1
         self.fault = ""
+        self.num_waits = 0
+        self.reachable = asyncio.Event()
+        self.reachable.set()
+        self._error = RayError("none")
         self._ended = asyncio.Event()
         self.start = Method(self._start)
         self.wait_closed = Method(self._wait_closed)
 
     async def _start(self, config: str) -> dict[str, str]:
         assert config == "{}"
+        await self.reachable.wait()
         if self.fault:
             raise RayError(f"{self.fault}\nand a long trace")
         return {"worker_id": f"{self.name}#{self.num_processes}", "address": f"host:{self.num_processes}"}
 
     async def _wait_closed(self) -> None:
+        self.num_waits += 1
         await self._ended.wait()
         self._ended.clear()
-        raise RayError("the actor died")
+        raise self._error
 
-    def die(self) -> None:
+    def die(self, error: RayError | None = None) -> None:
         self.num_processes += 1
+        self.break_call(error or RayError("the actor died"))
+
+    def break_call(self, error: RayError) -> None:
+        """Whoever waits for the end is told this; the process goes on."""
+        self._error = error
         self._ended.set()
 
 
@@ -80,6 +92,41 @@ async def test_all_are_started_and_those_that_die_are_started_again(workers: dic
     assert (ids(without), without.errors) == ({"prefill-0#1"}, {"decode-0": "the actor died"})
     again = await cluster.membership(without.version, WAIT_S)
     assert (ids(again), again.errors) == ({"decode-0#2", "prefill-0#1"}, {})
+    await cluster.close()
+
+
+UNAVAILABLE = ActorUnavailableError("the connection broke", None)
+
+
+async def test_a_worker_out_of_rays_reach_for_a_moment_stays_a_member(workers: dict[str, Worker]) -> None:
+    cluster = made()
+    first = await cluster.membership(-1, WAIT_S)
+    decode = workers["decode-0"]
+    decode.break_call(UNAVAILABLE)
+    async with asyncio.timeout(WAIT_S):
+        while decode.num_waits < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert await cluster.membership(first.version, 0.0) == first
+    decode.die()
+    assert ids(await cluster.membership(first.version, WAIT_S)) == {"prefill-0#1"}
+    await cluster.close()
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["restarted", "silent"])
+async def test_a_worker_of_which_ray_says_unavailable_and_that_is_another_or_silent_is_lost(
+    workers: dict[str, Worker], monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    monkeypatch.setattr(controller, "_UNREACHABLE_S", WAIT_S if answers else 0.05)
+    cluster = made()
+    first = await cluster.membership(-1, WAIT_S)
+    if not answers:
+        workers["decode-0"].reachable.clear()
+    workers["decode-0"].die(UNAVAILABLE)
+    without = await cluster.membership(first.version, WAIT_S)
+    assert ids(without) == {"prefill-0#1"}
+    assert "the connection broke" in without.errors["decode-0"]
+    workers["decode-0"].reachable.set()
+    assert ids(await cluster.membership(without.version, WAIT_S)) == {"decode-0#2", "prefill-0#1"}
     await cluster.close()
 
 
