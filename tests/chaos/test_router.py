@@ -1,6 +1,6 @@
 """Rows of the failure table: a router that is killed, and one that is full. Workers run in this process, no Ray.
 
-Also a whole server as its users start it, disturbed from outside and then killed.
+Also a whole server as its users start it, killed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ import httpx
 import pytest
 
 from baton.chaos.load import Client, Stream
-from baton.chaos.plan import checked_plan
-from baton.chaos.report import NO_FAULT, rows
-from baton.chaos.run import run_plan
 from baton.common.config import BatonConfig, RouterConfig, ServerConfig
 from router.registry import Member
 from router.server import Router
@@ -30,7 +27,7 @@ from tests.support.serving import serve
 from tests.support.worker_client import WorkerClient
 from tests.transfer.handover_cluster import config, worker
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 START_S = 60.0
 
 
@@ -84,26 +81,10 @@ async def test_workers_outlive_a_killed_router_and_free_everything(model: Path, 
             oracle.check(list(again.job.prompt), again.token_ids)
 
 
-ATTACHED: dict[str, object] = {
-    "seed": 5,
-    "load": {"requests": 30, "duration_s": 6.0, "concurrency": 4, "with_stop": 0.2, "with_logprobs": 0.2},
-    "faults": [
-        {"kind": "kill", "role": "decode", "at_s": 1},
-        {"kind": "aborts", "clients": 20, "at_s": 2},
-        {"kind": "pause", "role": "prefill", "for_s": 1, "at_s": 3},
-    ],
-}
-
-
-def test_chaos_attaches_to_a_running_server_and_nothing_is_left_of_it_once_killed(model: Path) -> None:
+def test_nothing_is_left_of_a_server_that_is_killed(model: Path) -> None:
     """Router and driver of the Ray cluster in one process: workers, controller and Ray itself end with it."""
-    with serve(model, "--prefill", "1", "--decode", "2", "--device", "cpu", "--policy", "remote") as server:
-        result = run_plan(checked_plan({**ATTACHED, "attach": server.url, "model": str(model)}), print)
-        print({name: (row.stall_s, row.whole_s) for name, row in rows(result).items()})
-        assert result.is_good, (result.lost, result.wrong, result.problems)
-        assert len(result.streams) >= 30
-        assert [row.injected for name, row in rows(result).items() if name != NO_FAULT] == [1, 1, 1]
-        assert sum("Worker" in " ".join(process.cmdline()) for process in server.processes()) >= 3
+    with serve(model, "--prefill", "0", "--decode", "1", "--device", "cpu") as server:
+        assert any("DecodeWorker" in " ".join(process.cmdline()) for process in server.processes())
         server.process.kill()
         start = time.monotonic()
         while (left := server.processes()) and time.monotonic() < start + 30.0:

@@ -22,8 +22,8 @@ from baton.common.config import BatonConfig, load_config
 from baton.common.errors import BatonError
 from baton.worker.actor_base import WorkerActor, end_process
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
-WAIT_S = 60.0
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+WAIT_S = 90.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,16 @@ class Members:
 
 @pytest.fixture(scope="module")
 def config() -> Iterator[BatonConfig]:
-    settings = load_config(None, {"model": ".", "cluster.prefill": 0, "cluster.decode": 1, "cluster.device": "cpu"})
+    settings = load_config(
+        None,
+        {
+            "model": ".",
+            "cluster.prefill": 0,
+            "cluster.decode": 1,
+            "cluster.device": "cpu",
+            "cluster.start_timeout_s": 90,
+        },
+    )
     with ray_session(settings, show_worker_logs=False):
         yield settings
 
@@ -125,44 +134,45 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.05)
 
 
-async def test_a_worker_that_ends_its_process_comes_back(config: BatonConfig, spell: Spell) -> None:
-    members = Members()
-    async with supervised(config, members) as supervisor:
-        first = members.seen[-1][0]
-        supervisor.actor("decode-0").lose_engine.remote()
-        await members.until(lambda now: not now)
-        again = await members.until(bool)
-        assert (again.name, again.worker_id != first.worker_id) == ("decode-0", True)
-
-
-async def test_a_worker_that_once_cannot_be_constructed_is_made_anew(
-    config: BatonConfig, spell: Spell, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_what_dies_comes_back(config: BatonConfig, spell: Spell, caplog: pytest.LogCaptureFixture) -> None:
     """Ray restarts a process that died, but gives an actor up for good when its constructor fails."""
     members = Members()
     async with supervised(config, members) as supervisor:
-        first, actor = members.seen[-1][0], supervisor.actor("decode-0")
-        spell.cast()
-        actor.lose_engine.remote()
-        await members.until(lambda now: not now)
-        await until(lambda: supervisor.actor("decode-0") is not actor)
-        spell.lift()
-        again = await members.until(bool)
-        assert again.worker_id != first.worker_id
-        assert (await asyncio.wrap_future(supervisor.actor("decode-0").health.remote().future()))["role"] == "decode"
-    assert "worker decode-0 is made anew" in caplog.text
+        await _worker_that_ends_its_process(supervisor, members)
+        await _worker_that_once_cannot_be_constructed(supervisor, members, spell)
+        assert "worker decode-0 is made anew" in caplog.text
+        await _controller_that_once_cannot_be_constructed(supervisor, members, spell)
 
 
-async def test_a_controller_that_once_cannot_be_constructed_is_made_anew(config: BatonConfig, spell: Spell) -> None:
-    members = Members()
-    async with supervised(config, members) as supervisor:
-        controller, told = supervisor.controller, len(members.seen)
-        spell.on_controller.cast()
-        controller.end.remote()
-        await until(lambda: supervisor.controller is not controller)
-        spell.on_controller.lift()
-        await until(lambda: len(members.seen) > told)
-        assert [worker.name for worker in members.seen[-1]] == ["decode-0"]
+async def _worker_that_ends_its_process(supervisor: Supervisor, members: Members) -> None:
+    first, actor = members.seen[-1][0], supervisor.actor("decode-0")
+    actor.lose_engine.remote()
+    await members.until(lambda now: not now)
+    again = await members.until(bool)
+    assert (again.name, again.worker_id != first.worker_id) == ("decode-0", True)
+    assert supervisor.actor("decode-0") is actor
+
+
+async def _worker_that_once_cannot_be_constructed(supervisor: Supervisor, members: Members, spell: Spell) -> None:
+    first, actor = members.seen[-1][0], supervisor.actor("decode-0")
+    spell.cast()
+    actor.lose_engine.remote()
+    await members.until(lambda now: not now)
+    await until(lambda: supervisor.actor("decode-0") is not actor)
+    spell.lift()
+    again = await members.until(bool)
+    assert again.worker_id != first.worker_id
+    assert (await asyncio.wrap_future(supervisor.actor("decode-0").health.remote().future()))["role"] == "decode"
+
+
+async def _controller_that_once_cannot_be_constructed(supervisor: Supervisor, members: Members, spell: Spell) -> None:
+    controller, told = supervisor.controller, len(members.seen)
+    spell.on_controller.cast()
+    controller.end.remote()
+    await until(lambda: supervisor.controller is not controller)
+    spell.on_controller.lift()
+    await until(lambda: len(members.seen) > told)
+    assert [worker.name for worker in members.seen[-1]] == ["decode-0"]
 
 
 @pytest.mark.parametrize("who", ["worker decode-0", "the controller"])
