@@ -22,12 +22,26 @@ _SYSTEM_CONFIG = {"worker_niceness": 0, "gcs_rpc_server_reconnect_timeout_s": 7 
 
 @contextlib.contextmanager
 def ray_session(config: BatonConfig, show_worker_logs: bool) -> Iterator[None]:
-    """Ray is up inside the block. Raises BatonError when `cluster.ray_address` cannot be reached.
+    """Ray is up inside the block. Raises BatonError when it does not start, or `cluster.ray_address` is out of reach.
 
     `show_worker_logs`: what workers log appears on this process's stderr as well as in Ray's log files.
     A cluster of our own always gets `address="local"`: a plain init would attach to whatever another program left.
     """
     if config.cluster.ray_address is None:
+        _start(config, show_worker_logs)
+    else:
+        try:
+            ray.init(address=config.cluster.ray_address, logging_level=logging.ERROR, log_to_driver=show_worker_logs)
+        except (ConnectionError, TimeoutError) as error:
+            raise BatonError(f"cannot reach the Ray cluster at {config.cluster.ray_address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(config: BatonConfig, show_worker_logs: bool) -> None:
+    try:
         # Logical CPUs only place actors; each takes one, however few cores the machine has.
         ray.init(
             address="local",
@@ -38,15 +52,8 @@ def ray_session(config: BatonConfig, show_worker_logs: bool) -> Iterator[None]:
             log_to_driver=show_worker_logs,
             _system_config=_SYSTEM_CONFIG,
         )
-    else:
-        try:
-            ray.init(address=config.cluster.ray_address, logging_level=logging.ERROR, log_to_driver=show_worker_logs)
-        except (ConnectionError, TimeoutError) as error:
-            raise BatonError(f"cannot reach the Ray cluster at {config.cluster.ray_address}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    except Exception as error:  # the class that Ray raises when a machine is too busy to start a node within 30 s
+        raise BatonError(f"Ray did not start on this machine: {error}") from error
 
 
 def count_gpus() -> int:
