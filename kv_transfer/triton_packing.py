@@ -54,6 +54,8 @@ def warm_up(kv_cache: torch.Tensor) -> None:
     segment = Segment(0, 1, 0, 1)
     salts = block_salts(LeaseKey(0, 0), 0, segment)
     device, packer = kv_cache.device, TritonPacker()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # whoever fills the cache may still be at it, on another stream
     with borrowed(device) if device.type == "cuda" else nullcontext():
         data = torch.empty(kv_cache[0, :, 0].nbytes, dtype=torch.uint8, device=device)
         fingerprints = packer.start_pack(kv_cache, segment, [0], data, salts).wait()
