@@ -104,7 +104,7 @@ def _add_requests(app: FastAPI, document: Document, services: Services) -> None:
 
     @app.get("/v1/workers", **document.get(Report))
     async def worker_states() -> JSONResponse:
-        return JSONResponse(workers(services.registry))
+        return JSONResponse(workers(services.registry, services.dispatcher.clock.now()))
 
 
 def _add_operations(app: FastAPI, document: Document, services: Services) -> None:

@@ -212,12 +212,13 @@ class Attempt:
     def on_worker_lost(self, worker_id: str) -> None:
         """The loss of a prefill worker whose first token is out is left to decode, which knows what it has received."""
         self._over_at(worker_id)
-        if self._first_token_is_out and worker_id != self._worker.worker_id:
+        if self.first_token_is_out and worker_id != self._worker.worker_id:
             return
         self.end(Failed("worker_lost", f"worker {worker_id} was lost", retryable=True))
 
     @property
-    def _first_token_is_out(self) -> bool:
+    def first_token_is_out(self) -> bool:
+        """Of the tokens of this attempt."""
         return self._fence.next_position > self._spec.num_emitted
 
     def _leave_prefill(self, worker_id: str) -> None:

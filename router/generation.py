@@ -30,9 +30,7 @@ from router.types import GenerationRequest, ReaderTooSlow, RequestCancelled, Tok
 from router.worker_session import AttemptId
 
 MAX_UNREAD_TOKENS = 8192
-_TRANSFER_FAULTS = frozenset(
-    {"peer_lost", "corrupt", "incomplete", "expired", "aborted", "no_connection", "unknown_lease"}
-)
+_PAIR_FAULTS = frozenset({"peer_lost", "corrupt", "incomplete", "aborted", "no_connection", "unknown_lease"})
 _log = logging.getLogger("baton.router")
 
 
@@ -104,6 +102,7 @@ class Generation:
         self._end_attempt(Finished("stop"))
         self._output.finish("stop")
         self.record.finish_reason, self.record.num_output_tokens = "stop", num_tokens
+        self.task.cancel()  # it may be waiting for a place for its next attempt
 
     def close(self) -> None:
         self.abort(RequestCancelled("the request was cancelled"))
@@ -176,7 +175,10 @@ class Generation:
         """Run one attempt to its outcome. However this is left, no worker keeps the attempt."""
         registry = self._shared.registry
         session, prefill = registry.session, decision.prefill_worker
-        self._hand_over = registry.pairs.begin(prefill, decision.worker) if prefill else None
+        self._hand_over = None
+        if prefill is not None:
+            crosses = self._num_tokens_left > 1
+            self._hand_over = registry.pairs.begin(prefill, decision.worker, may_prove=crosses)
         number = len(self.record.attempts) + 1
         record = self.record.begin_attempt(number, decision)
         attempt = self._attempt = Attempt(
@@ -195,7 +197,7 @@ class Generation:
             outcome = attempt.end(Failed("cancelled", "the request was given up", retryable=False))
             record.outcome = str(outcome)
             self._shared.metrics.attempts.labels(decision.path, outcome.code).inc()
-            self._learn(outcome)
+            self._learn(outcome, had_token=attempt.first_token_is_out)
         return outcome
 
     def _spec(self) -> pb.RequestSpec:
@@ -225,15 +227,20 @@ class Generation:
             self._shared.admission.check_queue(refused.retry_after_s)
         return 0 if refused.code in ("busy", "draining") else 1
 
-    def _learn(self, outcome: Outcome) -> None:
-        """A hand-over that failed rests its pair and keeps this request on one worker."""
+    def _learn(self, outcome: Outcome, *, had_token: bool) -> None:
+        """A hand-over that failed rests its pair and keeps this request on one worker.
+
+        One that expired before its first token says nothing of the pair: it waited, or its prompt took too long.
+        """
         if self._hand_over is None:
             return
-        if not isinstance(outcome, Finished) and outcome.code in _TRANSFER_FAULTS:
-            self._hand_over.failed(self._shared.clock.now(), outcome.message)
-            self._keep_local = f"local because the hand-over failed ({outcome.code})"
+        has_expired = outcome.code == "expired"
+        if outcome.code in _PAIR_FAULTS or (has_expired and had_token):
+            self._hand_over.failed(self._shared.clock.now(), str(outcome))
         else:
             self._hand_over.given_up()
+        if outcome.code in _PAIR_FAULTS or has_expired:
+            self._keep_local = f"local because the hand-over failed ({outcome.code})"
 
     # ---- tokens and the end
 

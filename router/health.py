@@ -40,8 +40,11 @@ def is_ready(dispatcher: Dispatcher, registry: Registry) -> bool:
     return registry.is_ready and not dispatcher.draining
 
 
-def workers(registry: Registry) -> dict[str, object]:
-    """For the operator: every member, whether it is attached and if not why, and the state of every pair."""
+def workers(registry: Registry, now: float) -> dict[str, object]:
+    """For the operator: every member, whether it is attached and if not why, and the state of every pair.
+
+    A pair that rests, or on which one hand-over is trying whether it works again, gets no others; `failure` says why.
+    """
     attached = {session.address: session for session in registry.sessions}
     members = []
     for member in registry.members:
@@ -67,6 +70,9 @@ def workers(registry: Registry) -> dict[str, object]:
             "state": pair.state,
             "message": pair.message,
             "failures": pair.failures,
+            "failure": pair.failure,
+            "resting_s": round(max(pair.resting_until - now, 0.0), 3),
+            "probing": pair.probing,
         }
         for pair in registry.pairs.all()
     ]

@@ -23,9 +23,10 @@ PairId = tuple[str, str]
 
 @dataclass(slots=True)
 class Pair:
-    """`state`: "incompatible", or what the prefill worker reported last. `failures`: failed hand-overs in a row.
+    """`state`: "incompatible", or what the prefill worker reported last; `message`: why.
 
-    `probing`: behind failures, a hand-over is under way that shows whether the pair works again.
+    `failures`: failed hand-overs in a row; `failure`: what the last one met. `probing`: behind failures, a hand-over is
+    under way that shows whether the pair works again.
     """
 
     prefill: str
@@ -33,6 +34,7 @@ class Pair:
     state: str
     message: str = ""
     failures: int = 0
+    failure: str = ""
     resting_until: float = 0.0
     probing: bool = False
 
@@ -43,35 +45,36 @@ class HandOver:
     Those under way when another one fails are no further failures of the pair, and no proof that it works again.
     """
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, *, may_prove: bool) -> None:
         self._pair = pair
         self._failures = pair.failures
         self._is_open = True
-        pair.probing = pair.failures > 0
+        self._probes = may_prove and pair.failures > 0
+        pair.probing = pair.probing or self._probes
 
     def succeeded(self) -> None:
         """The decode worker has the KV. Repeating it is a no-op."""
+        pair = self._pair
         if self._settle():
-            self._pair.failures, self._pair.resting_until, self._pair.message = 0, 0.0, ""
+            pair.failures, pair.failure, pair.resting_until, pair.probing = 0, "", 0.0, False
 
     def failed(self, now: float, message: str) -> None:
         pair = self._pair
         if self._settle():
             pair.resting_until = now + min(_FIRST_REST_S * 2 ** min(pair.failures, _MAX_DOUBLINGS), _MAX_REST_S)
             pair.failures += 1
-            pair.message = message
+            pair.failure = message
+            pair.probing = False
 
     def given_up(self) -> None:
         """It says nothing of the pair: a worker was lost, or there was nothing to hand over. A no-op once settled."""
-        self._settle()
+        if self._settle() and self._probes:
+            self._pair.probing = False
 
     def _settle(self) -> bool:
         """Whether what is now known is news of the pair as it is."""
         was_open, self._is_open = self._is_open, False
-        is_news = was_open and self._pair.failures == self._failures
-        if is_news:
-            self._pair.probing = False
-        return is_news
+        return was_open and self._pair.failures == self._failures
 
 
 class PairTable:
@@ -98,9 +101,12 @@ class PairTable:
         if pair is not None and pair.state != INCOMPATIBLE:
             pair.state, pair.message = state, message
 
-    def begin(self, prefill: str, decode: str) -> HandOver:
-        """A schedulable pair is used; whoever began it says what became of it."""
-        return HandOver(self._pairs[(prefill, decode)])
+    def begin(self, prefill: str, decode: str, *, may_prove: bool = True) -> HandOver:
+        """A schedulable pair is used; whoever began it says what became of it.
+
+        One that cannot prove that the pair works (nothing is handed over to decode) keeps nobody else from trying.
+        """
+        return HandOver(self._pairs[(prefill, decode)], may_prove=may_prove)
 
     def schedulable(self, now: float) -> frozenset[PairId]:
         return frozenset(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from protos import worker_pb2 as wpb
@@ -67,8 +69,41 @@ async def test_a_failed_hand_over_goes_on_locally_behind_the_tokens_that_are_out
         assert not [cancel for cancel in decode.received("cancel") if cancel.key == key]
         assert list(decode.received("generate")[0].spec.token_ids) == [1, 2, 3, TOKENS[0]]
         assert not served.router.registry.snapshot().connected, "the pair rests"
+        prefill.say_connected(decode)
         (pair,) = (await served.http.get("/v1/workers")).json()["pairs"]
-        assert (pair["state"], pair["failures"], pair["message"]) == ("connected", 1, "bad block")
+        assert (pair["state"], pair["failures"], pair["failure"]) == ("connected", 1, f"failed ({code}): bad block")
+        assert (0.0 < pair["resting_s"] <= 0.5, pair["probing"]) == (True, False)
+
+
+async def test_a_hand_over_that_expires_before_its_first_token_says_nothing_of_its_pair(
+    workers: list[FakeWorker],
+) -> None:
+    """Its prompt waited, or took too long: only this request stays on one worker."""
+    decode, prefill = FakeWorker("d0", "decode", answer), FakeWorker("p0", "prefill", only_connect)
+    workers.extend((prefill, decode))
+    async with serving(router={"policy": "remote"}) as served:
+        await served.attach(*workers)
+        asking = ask(served)
+        key = (await prefill.next_frame("prefill")).key
+        decode.say(failed=wpb.AttemptFailed(key=key, code="expired", message="the deadline passed", retryable=True))
+        response = await asking
+        assert token_ids(response) == TOKENS
+        assert response.headers["x-baton-path"] == "local; local because the hand-over failed (expired)"
+        assert served.router.registry.snapshot().connected
+        assert served.router.registry.pairs.all()[0].failures == 0
+
+
+async def test_answers_of_one_token_do_not_wait_for_each_other_behind_a_failure(workers: list[FakeWorker]) -> None:
+    workers.extend((FakeWorker("p0", "prefill", only_connect), FakeWorker("d0", "decode", answer)))
+    async with serving(router={"policy": "remote"}) as served:
+        await served.attach(*workers)
+        (pair,) = served.router.registry.pairs.all()
+        pair.failures = 1
+        asking = [asyncio.create_task(served.complete(max_tokens=1)) for _ in range(2)]
+        for number in (1, 2):
+            command = await workers[0].next_frame("prefill", number)
+            emit(workers[0], command.key, command.spec, 0, 1)
+        assert [(await one).headers["x-baton-path"][:7] for one in asking] == ["remote;"] * 2
 
 
 @pytest.mark.parametrize("code", ["no_connection", "unknown_lease"])

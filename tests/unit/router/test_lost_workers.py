@@ -5,9 +5,11 @@ from __future__ import annotations
 import grpc.aio
 import pytest
 
+from baton.common.sampling import SamplingParams
 from protos import inference_pb2 as pb
 from protos import worker_pb2 as wpb
 from router.completions import Completions
+from router.types import GenerationRequest
 from tests.support.fake_worker import FakeWorker, answer, emit
 from tests.unit.router.asking import (
     TOKENS,
@@ -190,3 +192,21 @@ async def test_a_defect_is_an_internal_error_that_tells_nothing(
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await tokens_of(served.grpc.Generate(request()))
         assert (error.value.code(), error.value.details()) == (grpc.StatusCode.INTERNAL, "internal error")
+
+
+async def test_a_stop_string_ends_a_request_also_while_it_waits_for_its_next_attempt(
+    workers: list[FakeWorker], served: Served
+) -> None:
+    workers.append(FakeWorker("d0"))
+    await served.attach(*workers)
+    dispatcher = served.router.dispatcher
+    generation = dispatcher.submit(GenerationRequest("stopped", (1, 2, 3), SamplingParams(max_tokens=8), 60.0))
+    command = await workers[0].next_frame("generate")
+    emit(workers[0], command.key, command.spec, 0, 2)
+    assert (await anext(generation)).token_ids
+    await workers[0].kill()
+    await served.until(lambda: dispatcher.admission.parked == 1)
+    generation.finish(2)
+    await served.until(lambda: dispatcher.is_idle)
+    assert dispatcher.admission.queued == dispatcher.admission.running == 0
+    assert (generation.record.finish_reason, generation.record.error) == ("stop", None)

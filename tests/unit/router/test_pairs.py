@@ -102,6 +102,31 @@ def test_behind_a_failure_one_hand_over_at_a_time_tries_the_pair() -> None:
     assert pairs.all()[0].failures == 0
 
 
+def test_what_a_prefill_worker_reports_does_not_hide_why_a_pair_rests() -> None:
+    pairs = connected()
+    fail(pairs, 0.0)
+    pairs.report("p", "d", "connected", "")
+    (pair,) = pairs.all()
+    assert (pair.state, pair.message, pair.failure) == ("connected", "", "corrupt")
+    pairs.begin("p", "d").succeeded()
+    assert pair.failure == ""
+
+
+def test_hand_overs_that_cannot_prove_that_the_pair_works_keep_nobody_from_trying() -> None:
+    pairs = connected()
+    fail(pairs, 0.0)
+    (pair,) = pairs.all()
+    short = [pairs.begin("p", "d", may_prove=False) for _ in range(2)]
+    assert pairs.schedulable(1.0)
+    probe = pairs.begin("p", "d")
+    short[0].given_up()
+    assert pair.probing, "the probe is still under way"
+    short[1].failed(1.0, "peer_lost")
+    assert (pair.failures, pair.probing) == (2, False)
+    probe.given_up()
+    assert pairs.schedulable(2.0)
+
+
 def test_a_lost_worker_takes_its_pairs_along() -> None:
     pairs = connected()
     pairs.introduce(hello("p"), hello("d2"))
