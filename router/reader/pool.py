@@ -102,7 +102,12 @@ class RequestReader:
         try:
             if self._closed:
                 raise Unavailable("the server is shutting down")
-            return await process.exchange(frame)
+            try:
+                return await process.exchange(frame)
+            except LostWhileIdle:
+                if self._closed:
+                    raise
+                return await process.exchange(frame)
         finally:
             self._idle.put_nowait(process)
 
@@ -130,6 +135,10 @@ class RequestReader:
             task.exception()
 
 
+class LostWhileIdle(Unavailable):
+    """The process was gone, as far as one can tell, before the request came: another may be given it."""
+
+
 class _Process:
     """One reader process, started when first needed and again after it was lost."""
 
@@ -144,6 +153,7 @@ class _Process:
         """Returns the templates that do not compile, with the reason."""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # what lies in the working directory is not to be imported
             "-m",
             "router.reader.process",
             stdin=asyncio.subprocess.PIPE,
@@ -154,9 +164,14 @@ class _Process:
         return faults
 
     async def exchange(self, frame: bytes) -> bytes:
-        """Raises InvalidRequest when the request took too much, Unavailable when the process was lost."""
-        if self._process is None or self._process.returncode is not None:
-            await self.start()
+        """Raises InvalidRequest when the request took too much, Unavailable when the process was lost.
+
+        The next call starts a new one. The end of an idle process is often seen only when it is spoken to.
+        """
+        process = self._process
+        if process is not None and process.returncode is None:
+            return await self._roundtrip(process, frame, LostWhileIdle)
+        await self.start()
         assert self._process is not None
         return await self._roundtrip(self._process, frame)
 
@@ -171,7 +186,9 @@ class _Process:
         if self._process is not None:
             await self._process.wait()
 
-    async def _roundtrip(self, process: asyncio.subprocess.Process, frame: bytes) -> bytes:
+    async def _roundtrip(
+        self, process: asyncio.subprocess.Process, frame: bytes, when_lost: type[Unavailable] = Unavailable
+    ) -> bytes:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -180,13 +197,16 @@ class _Process:
                 await process.stdin.drain()
                 (size,) = HEADER.unpack(await process.stdout.readexactly(HEADER.size))
                 return await process.stdout.readexactly(size)
-        except (TimeoutError, OSError, asyncio.IncompleteReadError):
-            self.kill()
-            raise self._fault(await process.wait()) from None
+        except TimeoutError:
+            raise await self._end_of(process, Unavailable) from None
+        except (OSError, asyncio.IncompleteReadError):
+            raise await self._end_of(process, when_lost) from None
 
-    def _fault(self, exit_code: int) -> BatonError:
+    async def _end_of(self, process: asyncio.subprocess.Process, when_lost: type[Unavailable]) -> BatonError:
+        self.kill()
+        exit_code = await process.wait()
         self._process = None
         if exit_code == -signal.SIGPROF:
             message = f"reading the request, or rendering the chat template, took over {self._limits.cpu_s:g} s of CPU"
             return InvalidRequest(message, None, "too_expensive")
-        return Unavailable(f"the reader process was lost (exit code {exit_code})")
+        return when_lost(f"the reader process was lost (exit code {exit_code})")
