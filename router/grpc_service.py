@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import NoReturn
 
 import grpc.aio
 
@@ -18,7 +17,9 @@ from router.completions import Completions
 from router.grpc_answer import GrpcAnswer
 from router.grpc_errors import to_status
 from router.grpc_request import read_request
+from router.http_protocol import STALLED_CLIENT_S
 from router.submitter import Submitter
+from router.types import ReaderTooSlow
 
 _log = logging.getLogger("baton.router")
 Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
@@ -31,9 +32,16 @@ class InferenceService(pb_grpc.InferenceServicer):
         self._submitter = submitter
         self._completions = completions
 
-    async def Generate(  # noqa: N802
+    async def Generate(  # type: ignore[override]  # noqa: N802
         self, request: pb.GenerateRequest, context: Context
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> None:
+        """Holds nothing of the request any more when the status of a failure has to wait for a client to read."""
+        status = await self._serve(request, context)
+        if status is not None:
+            await context.abort(status.code, status.details, status.trailing_metadata)
+
+    async def _serve(self, request: pb.GenerateRequest, context: Context) -> grpc.Status | None:
+        """Send the whole answer; the status that ends the call instead of OK, if any."""
         choices: list[Choice] = []
         try:
             self._submitter.check_length(len(request.token_ids.ids), 1)
@@ -42,14 +50,15 @@ class InferenceService(pb_grpc.InferenceServicer):
             answer = GrpcAnswer(body, choices, self._submitter.tokenizer)
             async with aclosing(merged(choices)) as deltas:
                 async for choice, delta in deltas:
-                    yield await answer.message(choice, delta)
+                    await _send(context, await answer.message(choice, delta))
         except BatonError as error:
-            await _abort(context, error)
+            return to_status(error)
         except Exception:  # noqa: BLE001
             _log.exception("a defect in the router ended a call")
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+            return to_status(BatonError("internal error"))
         finally:
             close(choices)
+        return None
 
     async def Cancel(  # noqa: N802
         self, request: pb.CancelRequest, _context: Context
@@ -66,7 +75,10 @@ class InferenceService(pb_grpc.InferenceServicer):
         return pb.ListModelsResponse(models=[card])
 
 
-async def _abort(context: Context, error: BatonError) -> NoReturn:
-    status = to_status(error)
-    await context.abort(status.code, status.details, status.trailing_metadata)
-    raise AssertionError("abort does not return")
+async def _send(context: Context, response: pb.GenerateResponse) -> None:
+    """Returns when the client's window has taken it. Raises ReaderTooSlow."""
+    try:
+        async with asyncio.timeout(STALLED_CLIENT_S):
+            await context.write(response)
+    except TimeoutError:
+        raise ReaderTooSlow(f"the client has read nothing for {STALLED_CLIENT_S:g} s") from None

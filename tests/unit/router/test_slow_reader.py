@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
+import grpc
 import pytest
 
 from baton.common.sampling import SamplingParams
-from router import turns
+from router import grpc_service, turns
 from router.choice import Choice, merged
 from router.generation import Generation
 from router.json_pieces import EncodedList, dumps, encode
@@ -16,6 +18,7 @@ from router.output import MAX_EVENT_TOKENS
 from router.text import TextAssembler
 from router.types import GenerationRequest
 from tests.support.fake_worker import FakeWorker, expected_tokens
+from tests.unit.router.asking import TOKENS, request
 from tests.unit.router.conftest import Served
 
 NUM_TOKENS = 3 * MAX_EVENT_TOKENS + 1
@@ -66,3 +69,34 @@ async def test_items_that_are_json_already_read_like_all_others() -> None:
     expected = {"of": [{"logprobs": {"content": items, "none": []}}]}
     assert json.loads(await encode(content)) == expected
     assert await encode(content) == dumps(expected)
+
+
+class StalledCall:
+    """The servicer's context of a client that reads nothing."""
+
+    def __init__(self) -> None:
+        self.aborted: tuple[grpc.StatusCode, str] | None = None
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def write(self, _response: object) -> None:
+        await asyncio.Event().wait()
+
+    async def abort(self, code: grpc.StatusCode, details: str, _metadata: object) -> None:
+        self.aborted = code, details
+
+
+async def test_over_grpc_a_client_that_reads_nothing_has_its_request_ended(
+    workers: list[FakeWorker], served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_service, "STALLED_CLIENT_S", 0.1)
+    workers.append(FakeWorker("d0"))
+    await served.attach(*workers)
+    call: Any = StalledCall()
+    answering = asyncio.create_task(served.router._inference.Generate(request(), call))
+    command = await workers[0].next_frame("generate")
+    workers[0].say_tokens(command.key, 0, TOKENS[:1])
+    await answering
+    assert call.aborted == (grpc.StatusCode.RESOURCE_EXHAUSTED, "the client has read nothing for 0.1 s")
+    assert (await workers[0].next_frame("cancel")).key == command.key
