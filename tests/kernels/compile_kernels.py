@@ -1,7 +1,7 @@
-"""Compile every kernel for one GPU generation, without a GPU: `python -m tests.kernels.compile_kernels 90`.
+"""Compile every kernel for generations of GPUs, without a GPU: `python -m tests.kernels.compile_kernels 80 90`.
 
-Prints one JSON line per variant: kernel, variant, shared memory. A process of its own, because TRITON_INTERPRET, which
-the other kernel tests set, turns the compiler off at import.
+Prints one JSON line per variant: capability, kernel, variant, shared memory. A process of its own, because
+TRITON_INTERPRET, which the other kernel tests set, turns the compiler off at import.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ class Variant:
         return POINTERS[name] if POINTERS[name] != "*" else f"*{self.dtype}"
 
 
-def attention(tuning: Tuning, head_dim: int, block_size: int, group: int, dtype: str) -> Iterator[Variant]:
+def attention(
+    tuning: Tuning, head_dim: int, block_size: int, group: int, dtype: str, *, every_path: bool = False
+) -> Iterator[Variant]:
+    """`every_path`: also for padded steps, and with splits merged by the program that ends last."""
     real = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     precision = "ieee" if dtype == "fp32" else "tf32"
     pad = triton.next_power_of_2(head_dim)
@@ -97,23 +100,22 @@ def attention(tuning: Tuning, head_dim: int, block_size: int, group: int, dtype:
         "PRECISION": precision,
     }
     prefill = tuning.prefill(head_dim, real)
-    is_usual = (head_dim, block_size) == (128, 16)
-    for num_seqs_pad in (0, 16) if is_usual else (0,):
+    for num_seqs_pad in (0, 16) if every_path else (0,):
         constants = {**common, "NUM_SEQS_PAD": num_seqs_pad, "BLOCK_M": prefill.block_m, "BLOCK_N": prefill.block_n}
         yield Variant(prefill_attention_kernel, constants, dtype, prefill.num_warps, prefill.num_stages)
     decode = tuning.decode(head_dim, 8, real)
     constants = {**common, "GROUP_PAD": 16, "NUM_HEADS": 8 * group, "BLOCK_N": decode.block_n, "NUM_SEQS_PAD": 128}
     constants["GROUP_MERGE"] = triton.next_power_of_2(group)
-    for merge_tile in (0, 8) if is_usual else (0,):
+    for merge_tile in (0, 8) if every_path else (0,):
         constants = {**constants, "MERGE_TILE": merge_tile}
         yield Variant(decode_attention_kernel, constants, dtype, decode.num_warps, decode.num_stages)
 
 
-def small_kernels(dtype: str) -> Iterator[Variant]:
+def small_kernels(dtype: str, *, every_path: bool = False) -> Iterator[Variant]:
     heads = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128}
     merge = {"NUM_HEADS": 32, "HEAD_DIM": 128, "HEAD_DIM_PAD": 128, "BLOCK_N": 64, "NUM_SEQS_PAD": 128, "TILE": 16}
     yield Variant(merge_splits_kernel, merge, dtype)
-    for splits in (1, 4):
+    for splits in (1, 4) if every_path else (4,):
         yield Variant(rope_store_kernel, {**heads, "HALF_PAD": 64, "BLOCK_H": 16, "SPLITS": splits}, dtype)
     yield Variant(
         rms_norm_kernel,
@@ -122,8 +124,8 @@ def small_kernels(dtype: str) -> Iterator[Variant]:
         num_warps=8,
     )
     yield Variant(silu_mul_kernel, {"SIZE": 14336, "BLOCK": 1024}, dtype)
-    yield Variant(move_blocks_kernel, {"PLANE": 8192, "WORDS": 1024, "BLOCKS": 8, "PACK": True}, dtype)
-    yield Variant(move_blocks_kernel, {"PLANE": 8192, "WORDS": 1024, "BLOCKS": 8, "PACK": False}, dtype)
+    for pack in (True, False) if every_path else (True,):
+        yield Variant(move_blocks_kernel, {"PLANE": 8192, "WORDS": 1024, "BLOCKS": 8, "PACK": pack}, dtype)
     yield Variant(finish_fingerprints_kernel, {"BLOCK": 256}, dtype)
     vocab, parts = {"VOCAB_SIZE": 128256}, {"NUM_PARTS": 32, "PARTS_PAD": 32}
     tiles = {"TILE": sampling.TILE, "TILES": sampling.TILES_PER_PROGRAM}
@@ -138,20 +140,23 @@ def small_kernels(dtype: str) -> Iterator[Variant]:
     sizes = {"IN_SIZE": 4096, "HAS_BIAS": True, "STAGES": 4}
     yield Variant(thin_linear_kernel, {**sizes, "BLOCK_OUT": 16, "BLOCK_IN": 256, "GATED": True}, dtype)
     few = {**sizes, "SPLIT_SIZE": 2048, "BLOCK_OUT": 64, "BLOCK_IN": 128}
-    yield Variant(few_linear_kernel, {**few, "ROWS": 16, "GATED": False}, dtype)
+    if every_path:
+        yield Variant(few_linear_kernel, {**few, "ROWS": 16, "GATED": False}, dtype)
     yield Variant(few_linear_kernel, {**few, "ROWS": 64, "GATED": True, "STAGES": 3}, dtype)
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """A spread, not the full product: every kind of tile of the tuning tables, both kinds of block id loads."""
-    tuning = Tuning(generation=capability // 10, num_sms=132)
-    yield from attention(tuning, 128, 16, 4, "bf16")
+    """A spread, not the full product: every kind of tile of the tuning tables, both kinds of block id loads.
+
+    Every kernel for every generation; what else it can be told to do for the one that we have.
+    """
+    tuning, is_ours = Tuning(generation=capability // 10, num_sms=132), capability == 90
+    yield from attention(tuning, 128, 16, 4, "bf16", every_path=is_ours)
     yield from attention(tuning, 256, 64, 1, "fp16")
-    if capability == 90:
-        yield from attention(tuning, 64, 64, 8, "fp16")
+    if is_ours:
         yield from attention(tuning, 96, 32, 3, "bf16")
-        yield from attention(tuning, 128, 32, 4, "fp32")
-    yield from small_kernels("fp16" if capability == 80 else "bf16")
+        yield from attention(tuning, 64, 32, 8, "fp32")
+    yield from small_kernels("fp16" if capability == 80 else "bf16", every_path=is_ours)
 
 
 def compile_one(capability: int, index: int) -> str:
@@ -159,14 +164,16 @@ def compile_one(capability: int, index: int) -> str:
     variant = list(variants(capability))[index]
     constants = " ".join(f"{name}={value}" for name, value in variant.constants.items())
     name, shared = variant.kernel.__name__, variant.compile(capability)
-    return json.dumps({"kernel": name, "variant": f"{variant.dtype} {constants}", "shared": shared})
+    return json.dumps(
+        {"capability": capability, "kernel": name, "variant": f"{variant.dtype} {constants}", "shared": shared}
+    )
 
 
 def main() -> None:
-    capability = int(sys.argv[1])
-    count = len(list(variants(capability)))
+    capabilities = [int(argument) for argument in sys.argv[1:]]
+    wanted = [(capability, index) for capability in capabilities for index, _ in enumerate(variants(capability))]
     with ProcessPoolExecutor() as pool:
-        for line in pool.map(compile_one, [capability] * count, range(count)):
+        for line in pool.map(compile_one, *zip(*wanted, strict=True)):
             print(line, flush=True)
 
 

@@ -21,9 +21,17 @@ def _no_float32_on_a_gpu(request: pytest.FixtureRequest, device: torch.device) -
         pytest.skip("float32 products go to cuBLAS")
 
 
-@pytest.mark.parametrize("rows", [2, 16, 33, 64])
-@pytest.mark.parametrize("out_size", [64, 100])
-@pytest.mark.parametrize(("splits", "has_bias"), [(1, True), (2, False), (4, True)])
+@pytest.mark.parametrize(
+    ("rows", "out_size", "splits", "has_bias"),
+    [
+        (2, 64, 4, True),
+        (16, 100, 1, True),
+        (16, 64, 2, False),
+        (33, 100, 4, True),
+        (64, 100, 2, False),
+        (64, 64, 1, True),
+    ],
+)
 def test_few_linear(
     rows: int, out_size: int, splits: int, has_bias: bool, dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -105,7 +105,7 @@ def test_every_token_has_one_tile(num_new: list[int], device: torch.device) -> N
 )
 def test_a_model_through_the_kernels(tmp_path: Path) -> None:
     """Two prompts, one of which has a prefix, beside two that decode: the draws and logits of the step alone."""
-    runner = make_harness(make_tiny_llama(tmp_path, seed=3, std=0.2), num_blocks=16).engine._runner
+    runner = make_harness(make_tiny_llama(tmp_path, seed=3, std=0.2, num_hidden_layers=1), num_blocks=16).engine._runner
     runner.backend = TritonBackend(torch.device("cpu"))
     runner.kv_cache.normal_()
     before = runner.kv_cache.clone()

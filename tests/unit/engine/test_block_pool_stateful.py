@@ -144,5 +144,5 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.committed == 0
 
 
-PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestPool = PoolMachine.TestCase

@@ -244,6 +244,6 @@ def _raise() -> Any:
 
 
 EngineMachine.TestCase.settings = settings(
-    max_examples=30, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=20, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 TestEngine = EngineMachine.TestCase
