@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from baton.common.errors import InvalidRequest
 from router import body_limit, http_protocol
+from router.http_protocol import BoundedH11Protocol
 from router.prompt_shape import check_prompt
 from router.reader import pool
 from router.reader.bodies import read_fields, small_json, take_prompt
@@ -177,33 +178,43 @@ async def test_a_request_that_does_not_become_whole_is_given_up(
     writer.close()
 
 
+def connection_of(served: Served) -> BoundedH11Protocol:
+    """The only one."""
+    (connection,) = served.router._http.server_state.connections
+    assert isinstance(connection, BoundedH11Protocol)
+    return connection
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("num_lines", [0, 400], ids=["one line", "many lines"])
+@pytest.mark.parametrize("num_lines", [0, 4000], ids=["one line", "many lines"])
 async def test_an_answer_may_take_longer_than_its_request_may(
-    workers: list[FakeWorker], served: Served, monkeypatch: pytest.MonkeyPatch, stream: bool, num_lines: int
+    workers: list[FakeWorker], served: Served, stream: bool, num_lines: int
 ) -> None:
     """Many lines in one packet are fed in slices."""
-    monkeypatch.setattr(http_protocol, "REQUEST_S", 0.1)
     workers.append(FakeWorker("d0"))
     await served.attach(*workers)
-    body = json.dumps({"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 2, "stream": stream}) + 10 * num_lines * " \n"
+    body = json.dumps({"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 2, "stream": stream}) + num_lines * " \n"
     asking = asyncio.create_task(served.http.post("/v1/completions", content=body))
     command = await workers[0].next_frame("generate")
-    emit(workers[0], command.key, command.spec, 0, 1)
-    await asyncio.sleep(0.2)
-    emit(workers[0], command.key, command.spec, 1, 2)
+    assert connection_of(served)._request_check is None
+    emit(workers[0], command.key, command.spec, 0, 2)
     answered = await asking
     assert answered.status_code == 200
     assert not stream or answered.text.endswith("data: [DONE]\n\n")
+    assert connection_of(served)._request_check is not None, "the next request has its time again"
 
 
-async def test_a_request_has_its_time_from_its_first_byte_on(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol, "REQUEST_S", 0.3)
-    stream, writer = await asyncio.open_connection("127.0.0.1", served.router.http_port)
-    for part in (b"GET /health HTTP/1.1\r\n", b"host: x\r\n\r\n"):
-        await asyncio.sleep(0.2)
+async def test_a_request_has_its_time_from_its_first_byte_on(served: Served) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", served.router.http_port)
+    await served.until(lambda: bool(served.router._http.server_state.connections))
+    connection = connection_of(served)
+    checks = [connection._request_check]
+    for part, runs_anew in ((b"GET /heal", True), (b"th HTTP/1.1\r\n", False)):
         writer.write(part)
-    assert b" 200 " in await asyncio.wait_for(stream.readline(), 10)
+        await served.until(lambda part=part: connection.conn.trailing_data[0].endswith(part))  # type: ignore[misc]
+        checks.append(connection._request_check)
+        assert checks[-1] is not None
+        assert (checks[-1] is not checks[-2]) == runs_anew
     writer.close()
 
 
