@@ -63,6 +63,8 @@ def padded(
 def test_padding_changes_no_bit(
     shape: Shape, decodes: list[int], prefills: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
 ) -> None:
+    if device.type == "cpu" and dtype == torch.float16:
+        pytest.skip("in the interpreter, one type shows which rows are read and written")
     batch = make_batch(shape, dtype, device, decodes, prefills)
     backend = TritonBackend(device)
     out = backend.attend(batch.q, batch.layer_kv, batch.meta, 0.25)
