@@ -128,9 +128,9 @@ def test_a_draw_depends_on_its_row_alone(device: torch.device) -> None:
     batch = torch.cat((torch.randn(3, VOCAB).to(device), row))
     together = sampling.sample(batch, *(torch.cat((x, x, x, x)) for x in arguments))
     assert together[3] == alone[0]
-    *others, position = (x.expand(8).contiguous() for x in arguments)
-    positions = position + torch.arange(8, device=device)
-    assert len(set(sampling.sample(row.expand(8, VOCAB).contiguous(), *others, positions).tolist())) > 2
+    eight = [x.expand(8).contiguous() for x in arguments]
+    eight[-1] += torch.arange(8, device=device)
+    assert len(set(sampling.sample(row.expand(8, VOCAB).contiguous(), *eight).tolist())) > 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too many rows for the interpreter")
