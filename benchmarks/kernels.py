@@ -141,7 +141,8 @@ class Bench:
         ):
             t, p = (torch.full((batch,), x, device=self._device) for x in (temperature, top_p))
             k = torch.full((batch,), top_k, device=self._device)
-            draw = [partial(sampling.sample, logits, t, k, p, index, index, index)]
+            no_min_p = torch.full((batch,), float("inf"), device=self._device)
+            draw = [partial(sampling.sample, logits, t, k, p, no_min_p, index, index, index)]
             yield self._row("sampling", f"batch {batch}, {name}", draw, moved=batch * VOCAB * 4)
 
     def _row(

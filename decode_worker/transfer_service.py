@@ -90,6 +90,7 @@ class TransferService(TransferServicer):
         except TransferError as error:
             logger.warning("no connection with %s: %s", hello.worker_id, error)
         finally:
+            self._pairs.drop_staging(hello.worker_id)
             self._ahead.leave(epoch)
             start_thread(partial(self._store.forget, epoch), f"forget {epoch}")
 

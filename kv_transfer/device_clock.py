@@ -12,6 +12,7 @@ from kv_transfer import streams
 
 _CALIBRATE_AFTER_S = 5.0  # event differences are 32-bit milliseconds: they lose microseconds within a minute
 _TRIES = 5
+_TRY_S = 0.002
 
 
 class DeviceClock:
@@ -40,7 +41,8 @@ class DeviceClock:
     def _calibrate(self) -> None:
         """The tightest of some tries: the time of an event is known to within what it took to wait for it.
 
-        NCCL may have been handed the same stream by torch: while it uses it, the reference stays.
+        NCCL may have been handed the same stream by torch, or the device may run this one behind another: a try that
+        takes too long is given up, and without any the reference stays.
         """
         if self._stream is None:
             self._stream = streams.take(self._device)
@@ -50,7 +52,10 @@ class DeviceClock:
         for _ in range(_TRIES):
             event, before = timing_event(), time.monotonic()
             event.record(self._stream)
-            event.synchronize()
+            while not (fired := event.query()) and time.monotonic() < before + _TRY_S:
+                pass
+            if not fired:
+                return
             took = time.monotonic() - before
             if took < best:
                 best, self._reference, self._reference_at = took, event, before + took / 2

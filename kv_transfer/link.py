@@ -159,4 +159,5 @@ class TransferStream:
         """Nothing is launched any more, and what was has ended. Idempotent."""
         stream, self._stream = self._stream, None
         if stream is not None:
+            stream.synchronize()  # a start that failed after its launch is awaited by nobody else
             streams.give_back(stream, self._device, self._priority)

@@ -101,6 +101,7 @@ class Dialer:
                 return f"no answer within {self._timeout_s:g} s"
             finally:
                 call.cancel()
+                self._pairs.drop_staging(worker_id)
 
     def forget(self, worker_id: str) -> None:
         """Nobody wants this peer any more."""

@@ -53,6 +53,8 @@ class InferenceService(pb_grpc.InferenceServicer):
                     await _send(context, await answer.message(choice, delta))
         except BatonError as error:
             return to_status(error)
+        except grpc.aio.BaseError:  # the client left amid a write, or the server stops: not ours to answer
+            raise
         except Exception:  # noqa: BLE001
             _log.exception("a defect in the router ended a call")
             return to_status(BatonError("internal error"))

@@ -22,7 +22,7 @@ class EncodedList:
 async def encode(content: object) -> str:
     """The same text as `json.dumps` with compact separators; other tasks get their turn meanwhile.
 
-    An EncodedList may be anywhere in the outer objects and lists.
+    An EncodedList may be anywhere in the outer four levels of objects and lists.
     """
     turns = Turns()
     pieces: list[str] = []
@@ -38,7 +38,7 @@ def dumps(content: object) -> str:
 
 
 def _pieces(value: object, depth: int) -> Iterator[str]:
-    """Objects are taken apart down to a depth, long lists into slices."""
+    """Objects and lists of such are taken apart down to a depth, other long lists into slices."""
     if isinstance(value, EncodedList):
         yield "["
         for index, item in enumerate(value.items):
@@ -49,14 +49,18 @@ def _pieces(value: object, depth: int) -> Iterator[str]:
             yield ("," if index else "{") + dumps(key) + ":"
             yield from _pieces(element, depth + 1)
         yield "}"
-    elif isinstance(value, list) and len(value) > _SLICE:
-        for start in range(0, len(value), _SLICE):
-            yield ("," if start else "[") + dumps(value[start : start + _SLICE])[1:-1]
-        yield "]"
-    elif isinstance(value, list) and value and depth < _DEPTH:
+    elif (
+        isinstance(value, list)
+        and depth < _DEPTH
+        and any(isinstance(item, dict | list | EncodedList) for item in value)
+    ):
         for index, element in enumerate(value):
             yield "," if index else "["
             yield from _pieces(element, depth + 1)
+        yield "]"
+    elif isinstance(value, list) and len(value) > _SLICE:
+        for start in range(0, len(value), _SLICE):
+            yield ("," if start else "[") + dumps(value[start : start + _SLICE])[1:-1]
         yield "]"
     else:
         yield dumps(value)

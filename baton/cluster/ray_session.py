@@ -53,6 +53,7 @@ def _start(config: BatonConfig, show_worker_logs: bool) -> None:
             _system_config=_SYSTEM_CONFIG,
         )
     except Exception as error:  # the class that Ray raises when a machine is too busy to start a node within 30 s
+        ray.shutdown()
         raise BatonError(f"Ray did not start on this machine: {error}") from error
 
 

@@ -114,6 +114,11 @@ class Pairs(Generic[F, L]):
             await run_in_thread(pool.allocate, f"staging for {peer}")
         return pool
 
+    def drop_staging(self, peer: str) -> None:
+        """To be called when a connection of the peer has ended; its slots go with the last one that has a link."""
+        if not self.of_peer(peer):
+            self._staging.pop(peer, None)
+
     def links(self) -> list[L]:
         """Of the live and dying epochs."""
         return [pair.link for pair in self._pairs.values()]
@@ -180,8 +185,7 @@ class Pairs(Generic[F, L]):
                 logger.exception("epoch %s could not be destroyed", pair.epoch)
                 await asyncio.sleep(CLOSE_RETRY_S)
         del self._pairs[pair.epoch]
-        if not self.of_peer(pair.peer):
-            self._staging.pop(pair.peer, None)
+        self.drop_staging(pair.peer)
         self._feed(EpochDestroyed(pair.peer, pair.epoch))
         pair.destroyed.set()
 

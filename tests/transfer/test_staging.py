@@ -53,6 +53,15 @@ async def test_a_pair_takes_its_memory_beside_the_loop(monkeypatch: pytest.Monke
     assert len(takers) == 1
 
 
+async def test_slots_of_a_connection_that_never_had_a_link_are_given_up() -> None:
+    faults = Faults()
+    pairs: Pairs[object, Any] = Pairs(lambda _: None, LAYOUT, CPU, Tasks(faults), faults)
+    pool = await pairs.staging("peer", 3, 1 << 16, when_used=True)
+    assert await pairs.staging("peer", 3, 1 << 16, when_used=True) is pool
+    pairs.drop_staging("peer")
+    assert await pairs.staging("peer", 3, 1 << 16, when_used=True) is not pool
+
+
 def test_memory_that_is_not_there_is_told_with_what_to_change(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

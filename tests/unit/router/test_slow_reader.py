@@ -65,8 +65,9 @@ async def test_others_have_their_turn_while_it_is_put_into_words(
 
 async def test_items_that_are_json_already_read_like_all_others() -> None:
     items = [{"a": [1, "\u2028"]}, {}, [None]]
-    content = {"of": [{"logprobs": {"content": EncodedList(list(map(dumps, items))), "none": EncodedList([])}}]}
-    expected = {"of": [{"logprobs": {"content": items, "none": []}}]}
+    encoded = {"logprobs": {"content": EncodedList(list(map(dumps, items))), "none": EncodedList([])}}
+    content = {"of": [encoded] * 128, "ids": list(range(1000))}
+    expected = {"of": [{"logprobs": {"content": items, "none": []}}] * 128, "ids": list(range(1000))}
     assert json.loads(await encode(content)) == expected
     assert await encode(content) == dumps(expected)
 
