@@ -23,7 +23,7 @@ class TextPart(BaseModel):
 
 class ToolFunction(BaseModel):
     name: str
-    arguments: str | dict[str, Any]
+    arguments: str | dict[str, Any] | None = None
 
 
 class ToolCall(BaseModel):

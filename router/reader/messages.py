@@ -73,8 +73,14 @@ def _tool_call(call: object, where: str) -> PlainMessage:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InvalidRequest(f"{where} must be an object with a function and its name", "messages")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
+    if not isinstance(call.get("id"), str | None):
+        raise InvalidRequest(f"{where}.id must be text", "messages")
+    if call.get("type", "function") != "function":
+        raise InvalidRequest(f"{where}.type must be function", "messages")
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
+    elif isinstance(arguments, str):
         try:
             arguments = from_json(arguments)
         except ValueError as error:

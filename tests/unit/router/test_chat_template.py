@@ -121,6 +121,14 @@ def test_developer_messages_are_system_messages_to_templates_that_do_not_know_th
             "messages",
             "messages[0].tool_calls[0].function.arguments",
         ),
+        *(
+            ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, **wrong}]}]}, "messages", words)
+            for wrong, words in (
+                ({"id": True}, "messages[0].tool_calls[0].id"),
+                ({"type": "custom"}, "messages[0].tool_calls[0].type"),
+                ({"function": {"name": "f", "arguments": []}}, "messages[0].tool_calls[0].function.arguments"),
+            )
+        ),
         ({"tools": [TOOL]}, "tools", "tool_choice none"),
         ({"tools": [TOOL], "tool_choice": "none"}, "tools", "does not use tools"),
         ({"tool_choice": "required"}, "tool_choice", "none"),
