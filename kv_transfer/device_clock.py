@@ -52,7 +52,7 @@ class DeviceClock:
         for _ in range(_TRIES):
             event, before = timing_event(), time.monotonic()
             event.record(self._stream)
-            while not (fired := event.query()) and time.monotonic() < before + _TRY_S:
+            while not (fired := event.query()) and time.monotonic() < before + _TRY_S:  # type: ignore[no-untyped-call]
                 pass
             if not fired:
                 return
