@@ -156,8 +156,8 @@ class TransferStream:
             yield
 
     def close(self) -> None:
-        """Nothing is launched any more, and what was has ended. Idempotent."""
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.synchronize()  # a start that failed after its launch is awaited by nobody else
-            streams.give_back(stream, self._device, self._priority)
+        """Nothing is launched any more; returns when what was has ended. Idempotent, also after it has raised."""
+        if self._stream is not None:
+            self._stream.synchronize()  # a start that failed after its launch is awaited by nobody else
+            streams.give_back(self._stream, self._device, self._priority)
+            self._stream = None

@@ -72,10 +72,11 @@ async def _reserved(workers: Cluster, name: str, request: pb.RequestSpec) -> pb.
 
 async def _until_over(workers: Cluster, key: tuple[str, int], enough: Any) -> None:
     clients = (workers.to_prefill, workers.to_decode)
-    while not enough():
-        if any(key in ended for client in clients for ended in (client.failed, client.refused, client.finish_reasons)):
-            return
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(WAIT_S):
+        while not enough():
+            if any(key in ended for one in clients for ended in (one.failed, one.refused, one.finish_reasons)):
+                return
+            await asyncio.sleep(0.01)
 
 
 def _half(shell: WorkerShell, kind: type[Any]) -> Any:

@@ -137,13 +137,8 @@ def sample(
     vocabulary's size: off), seed (the bits of an unsigned one), choice, position int64; the position is that of the
     drawn token in the sequence. Raises ValueError.
     """
+    _check(logits, (temperature, top_p, max_distance), (top_k, seed, choice, position))
     num_rows, vocab_size = logits.shape
-    if logits.stride(1) != 1:
-        raise ValueError("rows of logits must be contiguous")
-    if any(x.shape != (num_rows,) or x.dtype != torch.float32 for x in (temperature, top_p, max_distance)):
-        raise ValueError(f"temperature, top_p and max_distance must be float32 [{num_rows}]")
-    if any(x.shape != (num_rows,) or x.dtype != torch.int64 for x in (top_k, seed, choice, position)):
-        raise ValueError(f"top_k, seed, choice and position must be int64 [{num_rows}]")
     device = logits.device
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_rows == 0:
@@ -189,3 +184,13 @@ def sample(
     )
     winner_kernel[(num_rows,)](maxima, best_value, best_token, tokens, **size, num_warps=1)
     return tokens
+
+
+def _check(logits: torch.Tensor, floats: tuple[torch.Tensor, ...], integers: tuple[torch.Tensor, ...]) -> None:
+    num_rows = logits.shape[0]
+    if logits.stride(1) != 1:
+        raise ValueError("rows of logits must be contiguous")
+    if any(x.shape != (num_rows,) or x.dtype != torch.float32 for x in floats):
+        raise ValueError(f"temperature, top_p and max_distance must be float32 [{num_rows}]")
+    if any(x.shape != (num_rows,) or x.dtype != torch.int64 for x in integers):
+        raise ValueError(f"top_k, seed, choice and position must be int64 [{num_rows}]")
