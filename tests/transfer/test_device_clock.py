@@ -23,6 +23,7 @@ class FakeDevice:
         self.now = 100.0
         self.num_streams = 0
         self.is_busy = False
+        self.is_stuck = False
         self.delays: Iterator[float] = iter(DELAYS_S * 10)
 
 
@@ -47,7 +48,9 @@ class FakeEvent:
         self.at = self._device.now + delay / 4
         self._device.now += delay
 
-    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        self._device.now += 0.0001
+        return not self._device.is_stuck
 
     def elapsed_time(self, other: FakeEvent) -> float:
         return (other.at - self.at) * 1e3
@@ -88,3 +91,12 @@ def test_it_waits_for_nobody_who_uses_its_stream(device: FakeDevice) -> None:
     assert time_of(clock, device, device.now) is not None
     device.now, device.is_busy, device.delays = device.now + 10.0, True, iter(())
     assert time_of(clock, device, device.now) == pytest.approx(device.now, abs=0.001)
+
+
+def test_an_event_that_does_not_fire_is_given_up_and_the_reference_stays(device: FakeDevice) -> None:
+    clock = DeviceClock(DEVICE)
+    assert time_of(clock, device, device.now) is not None
+    device.now += 10.0
+    device.is_stuck, before = True, device.now
+    assert time_of(clock, device, before) == pytest.approx(before, abs=0.002)
+    assert device.now < before + 1.0

@@ -14,6 +14,10 @@ from kv_transfer.link import TransferStream
 DEVICE = torch.device("cuda", 0)
 
 
+class FakeStream:
+    def synchronize(self) -> None: ...
+
+
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
     """Of each stream that torch was asked for, the device and the priority."""
@@ -21,7 +25,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
 
     def make(device: torch.device, priority: int) -> object:
         asked.append((device, priority))
-        return object()
+        return FakeStream()
 
     monkeypatch.setattr(streams, "_idle", defaultdict(list))
     monkeypatch.setattr(torch.cuda, "Stream", make)
