@@ -141,12 +141,8 @@ def wrappers() -> Iterator[tuple[str, Callable[[], object]]]:
     x = empty(8, HIDDEN)
     for name, size in (("out", HIDDEN), ("gate_up", 2 * MLP)):
         weight = empty(size, HIDDEN)
-        call = (
-            partial(cuda_layers.gated_linear, x, weight, None)
-            if name == "gate_up"
-            else partial(cuda_layers.linear_parts, x, weight, None, "parts")
-        )
-        yield f"few_linear {name}, 8 tokens", call
+        call = cuda_layers.gated_linear if name == "gate_up" else cuda_layers.linear_parts
+        yield f"few_linear {name}, 8 tokens", partial(call, x, weight, None)
 
 
 def forwards() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -169,10 +165,6 @@ def forwards() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"forward, decode of {batch} without a graph", partial(forward, batch, batch)
 
 
-def _parts_of(layer: FusedLinear, x: torch.Tensor, kind: str = "parts") -> torch.Tensor:
-    return cuda_layers.linear_parts(x, layer.weight, layer.bias, kind)
-
-
 @contextmanager
 def on_a_gpu() -> Iterator[None]:
     """Calls that ask where a tensor lies find it on a GPU."""
@@ -181,7 +173,7 @@ def on_a_gpu() -> Iterator[None]:
         mock.patch.multiple(decoder, rms_norm=gpu.rms_norm, add_rms_norm=gpu.add_rms_norm),
         mock.patch.object(decoder, "gated_linear", lambda x, layer: gpu.gated_linear(x, layer.weight, layer.bias)),
         mock.patch.object(FusedLinear, "__call__", lambda layer, x: gpu.linear(x, layer.weight, layer.bias)),
-        mock.patch.object(FusedLinear, "parts_of", _parts_of),
+        mock.patch.object(FusedLinear, "parts_of", lambda layer, x: gpu.linear_parts(x, layer.weight, layer.bias)),
         mock.patch("torch.nn.functional.linear", lambda x, weight, _: empty(len(x), len(weight))),
     ):
         yield

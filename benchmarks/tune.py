@@ -21,7 +21,6 @@ from torch.nn.functional import linear
 from baton.engine.kernels.decode_attention import decode_attention
 from baton.engine.kernels.few_linear import few_gated_linear, few_linear
 from baton.engine.kernels.prefill_attention import prefill_attention
-from baton.engine.kernels.rope_store import rope_and_store, rope_parts_and_store
 from baton.engine.kernels.thin_linear import thin_linear
 from baton.engine.kernels.tuning import DecodeConfig, FewConfig, PrefillConfig, ThinConfig, Tuning
 from benchmarks.gpu_timing import environment, require_gpu, seconds_per_call
@@ -35,10 +34,9 @@ THIN = [(16, 256, 4, 4), (8, 512, 4, 4), (8, 256, 4, 5), (8, 1024, 4, 3), (4, 10
 # Rows of x; block_out, block_in, num_warps, num_stages by splits.
 FEW_ROWS = (8, 32, 64)
 FEW = [(64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (64, 64, 4, 5), (128, 64, 8, 5), (128, 128, 8, 4)]
-QKV_SPLITS = (1, 2, 4)
-FEW_SPLITS = {"qkv": (1, 2), "out": (1, 2, 4), "gate_up": (1,), "down": (2, 4, 7), "lm_head": (1,)}
-# What the tuning table calls a weight's product. Not qkv alone: only with what follows can its splits be compared.
-KIND_OF = {"qkv and rope": "qkv", "out": "short", "gate_up": "gated", "down": "long", "lm_head": "wide"}
+FEW_SPLITS = {"qkv": (1,), "out": (1, 2, 4), "gate_up": (1,), "down": (2, 4, 7), "lm_head": (1,)}
+# What the tuning table calls a weight's product.
+KIND_OF = {"qkv": "plain", "out": "short", "gate_up": "gated", "down": "long", "lm_head": "wide"}
 DECODES = [(1, 2048), (1, 8192), (8, 2048), (64, 2048), (128, 4096)]
 # block_n, num_warps, num_stages, programs per SM, min_tiles
 DECODE = [(64, 4, 4, 2, 1), (64, 4, 5, 2, 1), (128, 4, 3, 2, 1), (64, 4, 4, 1, 1), (64, 4, 4, 3, 1), (64, 8, 4, 2, 1)]
@@ -54,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--best", type=Path, metavar="RESULT")
     parser.add_argument("--commit")
-    parser.add_argument("--only", choices=sorted((*KINDS, "few", "qkv")), action="append", help="all by default")
+    parser.add_argument("--only", choices=sorted((*KINDS, "few")), action="append", help="all by default")
     parser.add_argument("--min-seconds", type=float, default=0.05)
     parser.add_argument("--rows", type=int, action="append", help="of x in products of a few rows")
     arguments = parser.parse_args()
@@ -66,7 +64,7 @@ def main() -> None:
     device = require_gpu("benchmarks.tune")
     result: dict[str, Any] = {**environment(device, arguments.commit), "rows": (rows := [])}
     few_rows = tuple(arguments.rows or FEW_ROWS)
-    kinds: dict[str, Kind] = {**KINDS, "few": partial(few, num_rows=few_rows), "qkv": partial(qkv, num_rows=few_rows)}
+    kinds: dict[str, Kind] = {**KINDS, "few": partial(few, num_rows=few_rows)}
     for name, calls in chain.from_iterable(kinds[kind](device) for kind in arguments.only or kinds):
         rows.append({"name": name, **measure(calls, arguments.min_seconds)})
         print(rows[-1], flush=True)
@@ -111,38 +109,11 @@ def few(device: torch.device, num_rows: tuple[int, ...]) -> Iterator[tuple[str, 
             yield f"{name} rows {rows} {(*tile, splits)}", calls
 
 
-def qkv(device: torch.device, num_rows: tuple[int, ...]) -> Iterator[tuple[str, list[Call]]]:
-    """The product with the rotary embedding behind it, which sums the splits."""
-    out_size, in_size = WEIGHTS["qkv"]
-    weights = [torch.randn(out_size, in_size, dtype=torch.bfloat16, device=device) for _ in range(2**29 // 2**25)]
-    table = torch.rand(4096, HEAD_DIM, device=device)
-    for rows in num_rows:
-        x = torch.randn(rows, in_size, dtype=torch.bfloat16, device=device)
-        cache = torch.zeros(2, rows, BLOCK, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
-        position = torch.arange(rows, device=device) * BLOCK
-        after = (position % 4096, table, cache, position)
-
-        def whole(weight: torch.Tensor, config: FewConfig | None, x=x, after=after) -> None:  # type: ignore[no-untyped-def]
-            fused = linear(x, weight) if config is None else few_linear(x, weight, None, config)
-            heads = fused.view(len(x), -1, HEAD_DIM)
-            rope_and_store(*heads.split_with_sizes([HEADS, KV_HEADS, KV_HEADS], 1), *after)
-
-        def in_parts(weight: torch.Tensor, config: FewConfig, x=x, after=after) -> None:  # type: ignore[no-untyped-def]
-            parts = few_linear(x, weight, None, config)
-            rope_parts_and_store(parts.view(config.splits, len(x), -1, HEAD_DIM), *after)
-
-        yield f"qkv and rope rows {rows} cuBLAS", [partial(whole, w, None) for w in weights]
-        for tile, splits in product(FEW, QKV_SPLITS):
-            config = FewConfig(*tile, splits)
-            call = whole if splits == 1 else in_parts
-            yield f"qkv and rope rows {rows} {(*tile, splits)}", [partial(call, w, config) for w in weights]
-
-
 def best_flags(rows: list[dict[str, Any]]) -> list[str]:
     """For `baton bench engine`: the fastest variant for each weight and number of rows where it beats cuBLAS."""
     best: dict[tuple[str, int], tuple[float, str]] = {}
     for row in rows:
-        found = re.fullmatch(r"(\w+|qkv and rope) rows (\d+) (cuBLAS|\(.*\))", row["name"])
+        found = re.fullmatch(r"(\w+) rows (\d+) (cuBLAS|\(.*\))", row["name"])
         if found is None or found[1] not in KIND_OF or "us" not in row or found[2] == "1":
             continue
         key, variant = (KIND_OF[found[1]], int(found[2])), re.sub(r"[(),]", "", found[3])
@@ -165,14 +136,12 @@ def decode(device: torch.device) -> Iterator[tuple[str, list[Call]]]:
         lens = torch.full((batch,), context, dtype=torch.int32, device=device)
         q = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
         out = torch.empty_like(q)
-        arrived = torch.zeros(batch * KV_HEADS, dtype=torch.int32, device=device)
-        for (block_n, warps, stages, per_sm, min_tiles), last in product(DECODE, (False, True)):
-            config = DecodeConfig(block_n, warps, stages, num_sms * per_sm // KV_HEADS, min_tiles, last)
+        for block_n, warps, stages, per_sm, min_tiles in DECODE:
+            config = DecodeConfig(block_n, warps, stages, num_sms * per_sm // KV_HEADS, min_tiles)
             calls: list[Call] = [
-                partial(decode_attention, q, kv, out, lens, tables, batch, SCALE, config, arrived) for kv in caches
+                partial(decode_attention, q, kv, out, lens, tables, batch, SCALE, config) for kv in caches
             ]
-            merged = " merged by the last" if last else ""
-            yield f"decode {batch} x {context} {(block_n, warps, stages, per_sm, min_tiles)}{merged}", calls
+            yield f"decode {batch} x {context} {(block_n, warps, stages, per_sm, min_tiles)}", calls
 
 
 def prefill(device: torch.device) -> Iterator[tuple[str, list[Call]]]:

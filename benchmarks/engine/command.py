@@ -21,7 +21,7 @@ from benchmarks.engine.drive import DrivenEngine
 from benchmarks.engine.floors import Ceilings, Floors
 from benchmarks.engine.session import PARTS, Row, Session
 from benchmarks.engine.shapes import SHAPES, write_shape
-from benchmarks.engine.tuning_rows import tried
+from benchmarks.engine.tuning_rows import few_rows
 from benchmarks.gpu_timing import environment, measure_ceilings, require_gpu
 
 Flag = typer.Option
@@ -43,7 +43,6 @@ def bench_engine(
     decode_graphs: Annotated[bool, Flag(help="Run decode steps as CUDA graphs.")] = True,
     prefill_graph_tokens: Annotated[int, Flag(min=0, help="Run steps with prompts up to this size as graphs.")] = 0,
     few: Annotated[list[str] | None, Flag(help="A row for the tuning table of products of a few rows.")] = None,
-    merges_last: Annotated[bool, Flag(help="Let a sequence's last split merge them.")] = False,
 ) -> None:
     """Step times and throughput of the engine alone, beside their floors, on one GPU."""
     parts = part or list(PARTS)
@@ -65,7 +64,7 @@ def bench_engine(
             "prefill_graph_tokens": prefill_graph_tokens,
         }
     )
-    with tempfile.TemporaryDirectory() as directory, tried(few or [], merges_last, device):
+    with tempfile.TemporaryDirectory() as directory, few_rows(few or [], device):
         model_dir = write_shape(shape, Path(directory))
         engine = DrivenEngine(config, model_dir, device)
         model_config = load_model_config(model_dir)
@@ -77,7 +76,6 @@ def bench_engine(
         "shape": shape,
         "config": config.model_dump(),
         "few": few or [],
-        "merges_last": merges_last,
         "ceilings": ceilings,
     }
     for row in Session(engine, floors, engine.max_tokens).rows(parts):

@@ -1,4 +1,4 @@
-"""Choices that are not those of the tuning table, for a measurement. Called by `baton bench engine`."""
+"""Rows that are not in the tuning table, for a measurement. Called by `baton bench engine`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from baton.engine.kernels.tuning import FewConfig, Tuning
 
 
 @contextmanager
-def tried(few: Sequence[str], merges_last: bool, device: torch.device) -> Iterator[None]:
-    """`few`: "ROWS KIND BLOCK_OUT BLOCK_IN NUM_WARPS NUM_STAGES SPLITS" each, how such products are computed meanwhile.
+def few_rows(texts: Sequence[str], device: torch.device) -> Iterator[None]:
+    """Each "ROWS KIND BLOCK_OUT BLOCK_IN NUM_WARPS NUM_STAGES SPLITS": how such products are computed meanwhile.
 
-    `merges_last`: see `DecodeConfig`. Raises ConfigError.
+    Raises ConfigError.
     """
-    generation = Tuning.of(device).generation
-    table, rows = tuning._FEW.get(generation, {}), dict(parsed(text) for text in few)
-    generations = tuning._MERGES_LAST | ({generation} if merges_last else set())
-    with mock.patch.dict(table, rows), mock.patch.object(tuning, "_MERGES_LAST", generations):
+    table = tuning._FEW.get(Tuning.of(device).generation, {})
+    with mock.patch.dict(table, dict(parsed(text) for text in texts)):
         yield
 
 

@@ -5,7 +5,6 @@ engine=tests/unit/engine
 # They measure free memory, so nothing else may run on the GPU beside them.
 alone=("$engine/test_engine_on_gpu.py::test_bfloat16_on_a_measured_pool" "$engine/test_prefill_graphs_on_gpu.py::test_memory_of_the_graphs_is_counted")
 bench() { stage "$1" "$2" python3 -m baton bench engine --out "$RESULTS/$1.json" --commit "$COMMIT" "${@:3}"; }
-tune() { stage "$1" "$2" python3 -m benchmarks.tune --out "$RESULTS/$1.json" --commit "$COMMIT" "${@:3}"; }
 
 if wanted tests; then
   stage tests 200 "${pytest[@]}" -v -n 15 tests/kernels --ignore=tests/kernels/test_compile_gate.py "$engine"/test_*_on_gpu.py "${alone[@]/#/--deselect=}"
@@ -15,17 +14,10 @@ if wanted prefill; then # first tokens with and without graphs of short prompts,
   bench prefill_graphs 90 --part prefill --prefill-graph-tokens 1024
   bench prefill_eager_and_decode 130 --part prefill --part decode
 fi
-if wanted qkv; then # the product in splits of its depth, by rows
-  tune tune_qkv 110 --only qkv --rows 8 --rows 64 --rows 32
-fi
-if wanted merge; then # splits of the context merged by the program that ends last
-  bench decode_merges_last 110 --part decode --merges-last
-  tune tune_decode 60 --only decode
-fi
 if wanted kernels; then
   stage kernels 110 python3 -m baton bench kernels --out "$RESULTS/kernels.json" --commit "$COMMIT"
 fi
 if wanted whole; then # with what the stages before chose in WHOLE_FLAGS
   # shellcheck disable=SC2086
-  bench whole 190 ${WHOLE_FLAGS:---prefill-graph-tokens 1024 --merges-last}
+  bench whole 190 ${WHOLE_FLAGS:---prefill-graph-tokens 1024}
 fi

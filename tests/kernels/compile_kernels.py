@@ -41,7 +41,7 @@ POINTERS = {
     **dict.fromkeys(("records_ptr", "draws_ptr", "input_ids_ptr"), "*i64"),
     "tables_ptr": "*i32",
     **dict.fromkeys(("cu_seqlens_q_ptr", "context_lens_ptr", "block_tables_ptr"), "*i32"),
-    **dict.fromkeys(("limit_ptr", "last_token_ptr", "best_token_ptr", "segment_ptr", "arrived_ptr"), "*i32"),
+    **dict.fromkeys(("limit_ptr", "last_token_ptr", "best_token_ptr", "segment_ptr"), "*i32"),
     **dict.fromkeys(("positions_ptr", "slot_mapping_ptr", "block_ids_ptr", "sums_ptr", "salts_ptr"), "*i64"),
     **dict.fromkeys(("top_k_ptr", "seed_ptr", "choice_ptr", "position_ptr", "token_ptr"), "*i64"),
     **dict.fromkeys(("partial_ptr", "lse_ptr", "cos_sin_ptr", "maxima_ptr", "temperature_ptr", "top_p_ptr"), "*fp32"),
@@ -88,7 +88,7 @@ class Variant:
 def attention(
     tuning: Tuning, head_dim: int, block_size: int, group: int, dtype: str, *, every_path: bool = False
 ) -> Iterator[Variant]:
-    """`every_path`: also for padded steps, and with splits merged by the program that ends last."""
+    """`every_path`: also for padded steps."""
     real = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     precision = "ieee" if dtype == "fp32" else "tf32"
     pad = triton.next_power_of_2(head_dim)
@@ -105,18 +105,14 @@ def attention(
         yield Variant(prefill_attention_kernel, constants, dtype, prefill.num_warps, prefill.num_stages)
     decode = tuning.decode(head_dim, 8, real)
     constants = {**common, "GROUP_PAD": 16, "NUM_HEADS": 8 * group, "BLOCK_N": decode.block_n, "NUM_SEQS_PAD": 128}
-    constants["GROUP_MERGE"] = triton.next_power_of_2(group)
-    for merge_tile in (0, 8) if every_path else (0,):
-        constants = {**constants, "MERGE_TILE": merge_tile}
-        yield Variant(decode_attention_kernel, constants, dtype, decode.num_warps, decode.num_stages)
+    yield Variant(decode_attention_kernel, constants, dtype, decode.num_warps, decode.num_stages)
 
 
 def small_kernels(dtype: str, *, every_path: bool = False) -> Iterator[Variant]:
     heads = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128}
     merge = {"NUM_HEADS": 32, "HEAD_DIM": 128, "HEAD_DIM_PAD": 128, "BLOCK_N": 64, "NUM_SEQS_PAD": 128, "TILE": 16}
     yield Variant(merge_splits_kernel, merge, dtype)
-    for splits in (1, 4) if every_path else (4,):
-        yield Variant(rope_store_kernel, {**heads, "HALF_PAD": 64, "BLOCK_H": 16, "SPLITS": splits}, dtype)
+    yield Variant(rope_store_kernel, {**heads, "HALF_PAD": 64, "BLOCK_H": 16}, dtype)
     yield Variant(
         rms_norm_kernel,
         {"SIZE": 4096, "SIZE_PAD": 4096, "HAS_RESIDUAL": True, "SPLITS": 2},

@@ -18,7 +18,7 @@ from baton.engine.kernels.decode_attention import decode_attention
 from baton.engine.kernels.few_linear import few_gated_linear, few_linear
 from baton.engine.kernels.prefill_attention import prefill_attention
 from baton.engine.kernels.rms_norm import rms_norm
-from baton.engine.kernels.rope_store import rope_and_store, rope_parts_and_store
+from baton.engine.kernels.rope_store import rope_and_store
 from baton.engine.kernels.silu_mul import silu_mul
 from baton.engine.kernels.thin_linear import thin_gated_linear, thin_linear
 from baton.engine.kernels.tuning import DecodeConfig, FewConfig, PrefillConfig, ThinConfig
@@ -60,14 +60,11 @@ def calls() -> Iterator[Callable[[], object]]:
     q, k, v = heads[:, :4], heads[:, 4:6], heads[:, 6:]
     index = torch.zeros(3, dtype=torch.int64)
     yield partial(rope_and_store, q, k, v, index, torch.zeros(9, 32), kv, index)
-    yield partial(rope_parts_and_store, torch.zeros(2, 3, 8, 32), index, torch.zeros(9, 32), kv, index)
     attention = (q, kv, new(3, 4, 32))
     prefill = PrefillConfig(32, 16, 4, 2)
     for max_new_tokens in (0, 5):
         yield partial(prefill_attention, *attention, ints(2), ints(1), ints(1, 4), 0, 3, 0.1, prefill, max_new_tokens)
-    for merges_last in (False, True):
-        decode = DecodeConfig(16, 4, 2, 4, 1, merges_last)
-        yield partial(decode_attention, *attention, ints(3), ints(3, 4), 3, 0.1, decode, ints(6))
+    yield partial(decode_attention, *attention, ints(3), ints(3, 4), 3, 0.1, DecodeConfig(16, 4, 2, 4, 1))
     for splits in (1, 2):
         yield partial(few_linear, x, weight, bias, FewConfig(32, 32, 4, 2, splits))
     yield partial(few_gated_linear, x, weight, FewConfig(32, 32, 4, 2, 1))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -13,7 +11,6 @@ from tests.kernels.reference import REAL_SHAPES, Batch, Shape, assert_close, att
 
 # Up to 6 splits beyond one per sequence, of at least one tile of 16.
 SPLIT = DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs=6, min_tiles=1)
-LAST = replace(SPLIT, merges_last=True)
 WHOLE = DecodeConfig(block_n=32, num_warps=4, num_stages=2, programs=1, min_tiles=64)
 
 
@@ -21,9 +18,7 @@ def run(batch: Batch, config: DecodeConfig, scale: float = 0.3) -> torch.Tensor:
     out = torch.full_like(batch.q, torch.nan)
     meta = batch.meta
     lens, tables = meta.context_lens, meta.block_tables
-    arrived = torch.zeros(meta.num_decodes, batch.layer_kv.shape[3], dtype=torch.int32, device=batch.q.device)
-    decode_attention(batch.q, batch.layer_kv, out, lens, tables, meta.num_decodes, scale, config, arrived)
-    assert (arrived == 0).all()
+    decode_attention(batch.q, batch.layer_kv, out, lens, tables, meta.num_decodes, scale, config)
     return out
 
 
@@ -32,12 +27,11 @@ def run(batch: Batch, config: DecodeConfig, scale: float = 0.3) -> torch.Tensor:
     [
         (Shape(2, 2, 32), [1, 64], SPLIT),
         (Shape(2, 2, 32), [1, 64], WHOLE),
-        (Shape(3, 1, 48), [16, 17], LAST),
+        (Shape(3, 1, 48), [16, 17], SPLIT),
         (Shape(3, 1, 48), [16, 17], WHOLE),
         (Shape(4, 1, 64, 32), [31, 33], SPLIT),
-        (Shape(8, 1, 16, 64), [64, 2], LAST),
         (Shape(8, 1, 16, 64), [64, 2], SPLIT),
-        (Shape(9, 3, 24), [15], LAST),
+        (Shape(9, 3, 24), [15], SPLIT),
     ],
     ids=str,
 )
@@ -61,10 +55,9 @@ def test_a_batch_of_padding_gives_zero(device: torch.device) -> None:
     assert (run(batch, SPLIT) == 0).all()
 
 
-@pytest.mark.parametrize("merges_last", [False, True])
-def test_one_long_context_among_short_ones(merges_last: bool, device: torch.device) -> None:
+def test_one_long_context_among_short_ones(device: torch.device) -> None:
     """The long one takes all splits that the grid leaves; more of them than one merge tile holds."""
-    config = DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs=20, min_tiles=1, merges_last=merges_last)
+    config = DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs=20, min_tiles=1)
     batch = make_batch(Shape(4, 1, 16), torch.float32, device, [1, 300, 3], [])
     assert_close(run(batch, config), attention(batch, 0.3), torch.float32)
 
@@ -98,37 +91,21 @@ def test_an_empty_batch_is_nothing_to_do(device: torch.device) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too large for the interpreter")
 @pytest.mark.parametrize("shape", REAL_SHAPES, ids=str)
-@pytest.mark.parametrize("merges_last", [False, True])
-def test_tuned_settings_on_real_shapes(
-    shape: Shape, merges_last: bool, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_tuned_settings_on_real_shapes(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
     scale = shape.head_dim**-0.5
-    tuned = Tuning.of(device).decode(shape.head_dim, shape.num_kv_heads, dtype)
-    config = replace(tuned, merges_last=merges_last)
+    config = Tuning.of(device).decode(shape.head_dim, shape.num_kv_heads, dtype)
     for decodes in ([1, 4097, 64, 0, 65, 2048, 130], [5000], [17] * 150):
         batch = make_batch(shape, dtype, device, decodes, [])
         assert_close(run(batch, config, scale), attention(batch, scale), dtype)
 
 
-def test_refuses_counters_that_do_not_suffice(device: torch.device) -> None:
-    batch = make_batch(Shape(4, 2, 32), torch.float32, device, [9, 3], [])
-    out, config, meta = torch.empty_like(batch.q), replace(SPLIT, merges_last=True), batch.meta
-    for arrived in (None, torch.zeros(3, dtype=torch.int32), torch.zeros(9, dtype=torch.int64)):
-        on_device = None if arrived is None else arrived.to(device)
-        arguments = (batch.q, batch.layer_kv, out, meta.context_lens, meta.block_tables, 2, 0.3, config, on_device)
-        with pytest.raises(ValueError, match="arrived"):
-            decode_attention(*arguments)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA graphs")
-@pytest.mark.parametrize("merges_last", [False, True])
-def test_a_captured_graph_follows_new_lengths(device: torch.device, merges_last: bool) -> None:
+def test_a_captured_graph_follows_new_lengths(device: torch.device) -> None:
     batch = make_batch(Shape(8, 2, 64), torch.float16, device, [900, 30, 0, 1], [])
-    config = replace(Tuning.of(device).decode(64, 2, torch.float16), merges_last=merges_last)
-    arrived = torch.zeros(8, dtype=torch.int32, device=device)
+    config = Tuning.of(device).decode(64, 2, torch.float16)
     meta, lens = batch.meta, batch.meta.context_lens.clone()
     out = torch.zeros_like(batch.q)
-    arguments = (batch.q, batch.layer_kv, out, meta.context_lens, meta.block_tables, 4, 0.3, config, arrived)
+    arguments = (batch.q, batch.layer_kv, out, meta.context_lens, meta.block_tables, 4, 0.3, config)
     meta.context_lens.zero_()
     decode_attention(*arguments)
     torch.cuda.synchronize()

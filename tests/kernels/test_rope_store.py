@@ -48,29 +48,6 @@ def test_rotates_in_place_and_stores(
     torch.testing.assert_close(cached[:, untouched], before.flatten(1, 2)[:, untouched], equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("shape", "splits"), [(Shape(4, 2, 32), 4), (Shape(3, 1, 48, 32), 2), (Shape(20, 5, 16, 64), 4)], ids=str
-)
-def test_sums_the_parts_of_the_product(
-    shape: Shape, splits: int, backend: AttentionBackend, dtype: torch.dtype, device: torch.device
-) -> None:
-    """To the bit what the sum, rounded, gives: sums of two, of four with small integers."""
-    batch = make_batch(shape, dtype, device, [5, 0, 17], [(20, 4), (16, 3)], store_new=False)
-    n, heads, kv_heads = batch.meta.num_tokens, shape.num_heads, shape.num_kv_heads
-    parts = torch.randn(splits, n, heads + 2 * kv_heads, shape.head_dim, device=device)
-    parts = parts if splits == 2 else (8 * parts).round()
-    angles = torch.rand(64, shape.head_dim // 2, device=device) * 7
-    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
-    fused = parts.sum(0).to(dtype)
-    q, k, v = fused[:, :heads], fused[:, heads:-kv_heads], fused[:, -kv_heads:]
-    before, expected = batch.layer_kv.clone(), batch.layer_kv.clone()
-    backend.rope_and_store(q, k, v, batch.positions, table, expected, batch.meta)
-    found = backend.rope_parts_and_store(parts, batch.positions, table, before, batch.meta)
-    assert found.dtype == dtype
-    assert torch.equal(found, q)
-    torch.testing.assert_close(before, expected, rtol=0, atol=0, equal_nan=True)
-
-
 def test_no_tokens(backend: AttentionBackend, device: torch.device) -> None:
     shape = Shape(4, 2, 32)
     batch = make_batch(shape, torch.float32, device, [], [(16, 0)])
@@ -90,8 +67,5 @@ def test_refuses_a_table_of_another_dtype(device: torch.device) -> None:
     batch = make_batch(Shape(4, 2, 32), torch.float32, device, [3], [])
     k = torch.zeros(1, 2, 32, device=device)
     table = torch.ones(8, 32, device=device, dtype=torch.float16)
-    parts = torch.zeros(2, 1, 8, 32, device=device, dtype=torch.float16)
-    with pytest.raises(ValueError, match="parts float32"):
-        TritonBackend(device).rope_parts_and_store(parts, batch.positions, table.float(), batch.layer_kv, batch.meta)
     with pytest.raises(ValueError, match="cos_sin"):
         TritonBackend(device).rope_and_store(batch.q, k, k, batch.positions, table, batch.layer_kv, batch.meta)

@@ -79,20 +79,6 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def rope_parts_and_store(
-        self,
-        parts: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        layer_kv: torch.Tensor,
-        meta: AttentionMetadata,
-    ) -> torch.Tensor:
-        """The same for q, k and v side by side as the sum of parts, which is rounded to the cache's type first.
-
-        parts: float32 [num_parts, num_tokens, num_heads + 2 * num_kv_heads, head_dim]. Returns the rotated q.
-        """
-        ...
-
     def attend(
         self,
         q: torch.Tensor,

@@ -32,20 +32,6 @@ class TorchBackend:
         _rotate(k, cos, sin)
         _store(k, v, layer_kv, meta.slot_mapping)
 
-    def rope_parts_and_store(
-        self,
-        parts: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        layer_kv: torch.Tensor,
-        meta: AttentionMetadata,
-    ) -> torch.Tensor:
-        num_kv_heads = layer_kv.shape[3]
-        heads = parts.sum(0).to(layer_kv.dtype)
-        q, k, v = heads.split_with_sizes([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], 1)
-        self.rope_and_store(q, k, v, positions, cos_sin, layer_kv, meta)
-        return q
-
     def attend(
         self,
         q: torch.Tensor,

@@ -1,5 +1,4 @@
-"""Attention through the Triton kernels: the backend of GPU workers. Its state: the device's tuning table, and counters
-that are zero between launches; so its launches must follow one another on the device.
+"""Attention through the Triton kernels: the backend of GPU workers. Stateless but for the device's tuning table.
 
 Launches on the current stream, never synchronises; `attend` is legal in a CUDA graph as long as the batch holds decode
 rows only or is padded.
@@ -12,12 +11,9 @@ import torch
 from baton.engine.attention.base import AttentionMetadata
 from baton.engine.attention.dense import DensePrefill
 from baton.engine.kernels.decode_attention import decode_attention
-from baton.engine.kernels.launch import next_power_of_2
 from baton.engine.kernels.prefill_attention import prefill_attention
-from baton.engine.kernels.rope_store import rope_and_store, rope_parts_and_store
+from baton.engine.kernels.rope_store import rope_and_store
 from baton.engine.kernels.tuning import Tuning
-
-_MIN_ARRIVED = 8192  # entries, so that one buffer does for nearly all batches
 
 
 class TritonBackend:
@@ -26,8 +22,6 @@ class TritonBackend:
     def __init__(self, device: torch.device) -> None:
         self._tuning = Tuning.of(device)
         self._dense = DensePrefill(self._tuning)
-        self._device = device
-        self._arrived: dict[int, torch.Tensor] = {}
 
     def rope_and_store(
         self,
@@ -40,16 +34,6 @@ class TritonBackend:
         meta: AttentionMetadata,
     ) -> None:
         rope_and_store(q, k, v, positions, cos_sin, layer_kv, meta.slot_mapping)
-
-    def rope_parts_and_store(
-        self,
-        parts: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        layer_kv: torch.Tensor,
-        meta: AttentionMetadata,
-    ) -> torch.Tensor:
-        return rope_parts_and_store(parts, positions, cos_sin, layer_kv, meta.slot_mapping)
 
     def uses_dense(self, q: torch.Tensor, meta: AttentionMetadata) -> bool:
         """Whether the prefill segments of such a step go to dense attention."""
@@ -68,9 +52,7 @@ class TritonBackend:
         # Decodes first: the rows of those that are not there in a padded batch belong to prefills.
         if meta.num_decodes:
             config = self._tuning.decode(head_dim, num_kv_heads, q.dtype)
-            arrived = self._arrived_of(meta.num_decodes * num_kv_heads) if config.merges_last else None
-            lens, tables = meta.context_lens, meta.block_tables
-            decode_attention(q, layer_kv, out, lens, tables, meta.num_decodes, scale, config, arrived)
+            decode_attention(q, layer_kv, out, meta.context_lens, meta.block_tables, meta.num_decodes, scale, config)
         if fresh is not None and self.uses_dense(q, meta):
             return self._dense.attend(q, *fresh, out, meta.fresh_rows, scale)
         if meta.num_prefills:
@@ -88,10 +70,3 @@ class TritonBackend:
                 meta.num_prefill_tokens if meta.is_padded else 0,
             )
         return out
-
-    def _arrived_of(self, count: int) -> torch.Tensor:
-        """See `decode_attention`. Never freed, because graphs may have been captured with it."""
-        size = max(_MIN_ARRIVED, next_power_of_2(count))
-        if size not in self._arrived:
-            self._arrived[size] = torch.zeros(size, dtype=torch.int32, device=self._device)
-        return self._arrived[size]

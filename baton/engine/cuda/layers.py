@@ -29,9 +29,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return _product(x, weight, bias, "plain")
 
 
-def linear_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
-    """May return float32 [parts, num_rows, out_size]. `kind`: see `FusedLinear.parts_of`."""
-    return _product(x, weight, bias, kind)
+def linear_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """May return float32 [parts, num_rows, out_size]."""
+    return _product(x, weight, bias, "parts")
 
 
 def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

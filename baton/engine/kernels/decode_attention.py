@@ -1,7 +1,5 @@
 """Attention of one new token per sequence over its paged context, split along the context, then merged.
 
-The splits of a sequence are merged by a kernel behind, or by the program that ends last among them.
-
 How the contexts are split is computed on the device from `context_lens`, the same way in both kernels, and the grid
 depends on the batch size only: a captured CUDA graph stays right when the lengths change. Contexts are cut into splits
 of one common length, so that a long sequence in a batch of short ones gets more programs.
@@ -17,13 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.engine.kernels.decode_splits import merge_splits_kernel, merged_splits, plan_splits
-from baton.engine.kernels.launch import NUM_PLANS, Launch, Signature, is_packed, next_power_of_2, signature
+from baton.engine.kernels.decode_splits import merge_splits_kernel, plan_splits
+from baton.engine.kernels.launch import NUM_PLANS, Launch, Signature, next_power_of_2, signature
 from baton.engine.kernels.paged import attend_range, check_cache, check_output, dot_precision
 from baton.engine.kernels.tuning import DecodeConfig
 
 _MERGE_TILE = 16
-_MERGE_ROWS = 32  # heads times splits that are merged at once where the last program merges
 
 
 @triton.jit(do_not_specialize=["num_seqs", "programs", "min_tiles", "stride_table"])
@@ -33,7 +30,6 @@ def decode_attention_kernel(
     out_ptr,  # [num_seqs, num_heads, head_dim], contiguous
     partial_ptr,  # float32 [programs + num_seqs, num_heads, head_dim]
     lse_ptr,  # float32 [programs + num_seqs, num_heads], base 2
-    arrived_ptr,  # int32 [num_seqs, num_kv_heads], zero, and zero again in the end; None unless MERGE_TILE
     context_lens_ptr,
     block_tables_ptr,
     scale_log2,
@@ -55,8 +51,6 @@ def decode_attention_kernel(
     BLOCK_N: tl.constexpr,
     NUM_SEQS_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP_MERGE: tl.constexpr,  # the group, padded to a power of two
-    MERGE_TILE: tl.constexpr,  # splits merged at once by the last program of a sequence; 0: another kernel merges
 ):
     # KV heads run fastest: neighbours in the grid read neighbouring memory.
     kv_head = tl.program_id(0)
@@ -111,31 +105,6 @@ def decode_attention_kernel(
         row = item.to(tl.int64) * NUM_HEADS + head
         tl.store(partial_ptr + (row * HEAD_DIM)[:, None] + d[None, :], acc, mask=row_mask)
         tl.store(lse_ptr + row, row_max + tl.math.log2(row_sum), mask=g < GROUP)
-        if MERGE_TILE:
-            # What all threads have stored is to be seen by whoever counts this program in.
-            tl.debug_barrier()
-            arrived = arrived_ptr + seq * tl.num_programs(0) + kv_head
-            if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
-                tl.store(arrived, 0)
-                m = tl.arange(0, GROUP_MERGE)
-                merged_head = kv_head * GROUP + m
-                merged = merged_splits(
-                    partial_ptr,
-                    lse_ptr,
-                    item - split,
-                    num_splits,
-                    merged_head,
-                    m < GROUP,
-                    NUM_HEADS,
-                    HEAD_DIM,
-                    HEAD_DIM_PAD,
-                    GROUP_MERGE,
-                    MERGE_TILE,
-                )
-                merged_out = out_ptr + seq.to(tl.int64) * (NUM_HEADS * HEAD_DIM)
-                merged_out += (merged_head * HEAD_DIM)[:, None] + d[None, :]
-                merged_mask = (m < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-                tl.store(merged_out, merged.to(out_ptr.dtype.element_ty), mask=merged_mask)
 
 
 def decode_attention(
@@ -147,12 +116,10 @@ def decode_attention(
     num_seqs: int,
     scale: float,
     config: DecodeConfig,
-    arrived: torch.Tensor | None = None,
 ) -> None:
     """Fill out[:num_seqs] for q[:num_seqs]; rows with context length 0 become zero. Legal in a CUDA graph.
 
-    out: like q, contiguous. `arrived`: int32, zero, at least num_seqs * num_kv_heads, for nobody else at the time; is
-    zero again in the end. Needed where `config.merges_last`. Raises ValueError.
+    out: like q, contiguous. Raises ValueError.
     """
     launches = _plan(
         q.get_device(),
@@ -161,7 +128,6 @@ def decode_attention(
         signature(out),
         signature(context_lens),
         signature(block_tables),
-        signature(arrived) if config.merges_last and arrived is not None else None,
         num_seqs,
         scale,
         config,
@@ -172,9 +138,8 @@ def decode_attention(
     items, num_heads, head_dim = config.programs + num_seqs, *q.shape[1:]
     partial = torch.empty((items, num_heads, head_dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((items, num_heads), dtype=torch.float32, device=q.device)
-    attend(q, layer_kv, out, partial, lse, arrived if config.merges_last else None, context_lens, block_tables)
-    if merge is not None:
-        merge(out, partial, lse, context_lens)
+    attend(q, layer_kv, out, partial, lse, context_lens, block_tables)
+    merge(out, partial, lse, context_lens)
 
 
 @lru_cache(NUM_PLANS)
@@ -185,11 +150,10 @@ def _plan(
     out: Signature,
     context_lens: Signature,
     block_tables: Signature,
-    arrived: Signature | None,
     num_seqs: int,
     scale: float,
     config: DecodeConfig,
-) -> tuple[Launch, Launch | None] | None:
+) -> tuple[Launch, Launch] | None:
     """None where there is nothing to compute."""
     del device, context_lens
     check_cache(q, layer_kv)
@@ -197,13 +161,6 @@ def _plan(
     if num_seqs == 0:
         return None
     _, _, block_size, num_kv_heads, head_dim = layer_kv[0]
-    if config.merges_last and (
-        arrived is None
-        or arrived[2] != torch.int32
-        or not is_packed(*arrived[:2])
-        or math.prod(arrived[0]) < num_seqs * num_kv_heads
-    ):
-        raise ValueError(f"arrived must be int32 and have an entry for each of {num_seqs} sequences' KV heads")
     num_heads = q[0][1]
     group = num_heads // num_kv_heads
     plan_numbers = (num_seqs, config.programs, config.min_tiles)
@@ -217,12 +174,8 @@ def _plan(
         "GROUP_PAD": max(16, next_power_of_2(group)),
         "BLOCK_SIZE": block_size,
         "PRECISION": dot_precision(q[2]),
-        "GROUP_MERGE": next_power_of_2(group),
-        "MERGE_TILE": max(1, _MERGE_ROWS // next_power_of_2(group)) if config.merges_last else 0,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     attend = Launch(decode_attention_kernel, (num_kv_heads, config.programs + num_seqs), numbers, constants, **options)
-    if config.merges_last:
-        return attend, None
     constants = {**heads, **plan_constants, "TILE": _MERGE_TILE}
     return attend, Launch(merge_splits_kernel, (num_heads, num_seqs), plan_numbers, constants, num_warps=4)

@@ -21,45 +21,6 @@ def plan_splits(context_lens_ptr, num_seqs, programs, min_tiles, NUM_SEQS_PAD: t
     return split_tiles, splits, tl.cumsum(splits)
 
 
-@triton.jit
-def merged_splits(
-    partial_ptr,
-    lse_ptr,
-    first,  # item of the first split
-    num_splits,
-    head,  # [HEADS]
-    head_mask,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PAD: tl.constexpr,
-    HEADS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Attention of some heads of one sequence, from what its splits have stored: [HEADS, HEAD_DIM_PAD]."""
-    d = tl.arange(0, HEAD_DIM_PAD)
-    maximum = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, HEAD_DIM_PAD], tl.float32)
-    for start in range(0, num_splits, TILE):
-        split = start + tl.arange(0, TILE)
-        row = (first + split).to(tl.int64)[:, None] * NUM_HEADS + head[None, :]  # [TILE, HEADS]
-        # Scratch beyond the last split is not initialised: masked, not multiplied by zero. Other multiprocessors wrote
-        # what is read, so that it must not come from this one's cache.
-        mask = (split < num_splits)[:, None] & head_mask[None, :]
-        lse = tl.load(lse_ptr + row, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        at = (row * HEAD_DIM)[:, :, None] + d[None, None, :]
-        is_value = mask[:, :, None] & (d < HEAD_DIM)[None, None, :]
-        partial = tl.load(partial_ptr + at, mask=is_value, other=0.0, cache_modifier=".cg")
-        # Heads that are not there have no finite maximum, and infinity less infinity is NaN.
-        new_maximum = tl.where(head_mask, tl.maximum(maximum, tl.max(lse, 0)), 0.0)
-        weight = tl.math.exp2(lse - new_maximum[None, :])
-        alpha = tl.math.exp2(maximum - new_maximum)
-        acc = acc * alpha[:, None] + tl.sum(partial * weight[:, :, None], 0)
-        total = total * alpha + tl.sum(weight, 0)
-        maximum = new_maximum
-    return acc / tl.where(head_mask, total, 1.0)[:, None]
-
-
 @triton.jit(do_not_specialize=["num_seqs", "programs", "min_tiles"])
 def merge_splits_kernel(
     out_ptr,

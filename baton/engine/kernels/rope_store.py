@@ -1,6 +1,4 @@
-"""Rotary embedding of q and k, fused with the store of k and v into the paged cache, and with the sum of the parts of
-the product before it where that comes in parts.
-"""
+"""Rotary embedding of q and k in place, fused with the store of k and v into the paged cache."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
@@ -17,27 +15,18 @@ _HEADS_PER_PROGRAM = 16
 
 
 @triton.jit
-def _summed(ptrs, mask, stride_split, SPLITS: tl.constexpr, dtype: tl.constexpr):
-    """In float32, rounded where the product would round."""
-    total = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(ptrs + split * stride_split, mask=mask, other=0.0)
-    return total.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _rotated(low_ptrs, high_ptrs, cos, sin, mask, stride_split, SPLITS: tl.constexpr, dtype: tl.constexpr):
-    low = _summed(low_ptrs, mask, stride_split, SPLITS, dtype)
-    high = _summed(high_ptrs, mask, stride_split, SPLITS, dtype)
+def _rotated(low_ptrs, high_ptrs, cos, sin, mask):
+    low = tl.load(low_ptrs, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(high_ptrs, mask=mask, other=0.0).to(tl.float32)
+    dtype = low_ptrs.dtype.element_ty
     return (low * cos - high * sin).to(dtype), (high * cos + low * sin).to(dtype)
 
 
 @triton.jit
 def rope_store_kernel(
-    q_ptr,  # [num_tokens, num_heads, head_dim]; the first of SPLITS parts, each `stride_split` further, in float32
-    k_ptr,  # [num_tokens, num_kv_heads, head_dim], or likewise
+    q_ptr,  # [num_tokens, num_heads, head_dim]
+    k_ptr,  # [num_tokens, num_kv_heads, head_dim]
     v_ptr,  # like k
-    out_ptr,  # like q: where the rotated q goes
     positions_ptr,
     cos_sin_ptr,  # float32 [max_positions, head_dim]
     kv_ptr,  # [2, num_blocks * block_size, num_kv_heads, head_dim]
@@ -48,18 +37,13 @@ def rope_store_kernel(
     stride_k_head,
     stride_v_token,
     stride_v_head,
-    stride_out_token,
-    stride_out_head,
     v_offset,
-    stride_split,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    SPLITS: tl.constexpr,  # 1: the rotated k replaces k
 ):
-    dtype: tl.constexpr = kv_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -73,18 +57,16 @@ def rope_store_kernel(
         head = tile * BLOCK_H + h
         mask = (head < NUM_HEADS)[:, None] & (d < HALF)[None, :]
         q_low = q_ptr + token * stride_q_token + (head * stride_q_head)[:, None] + d[None, :]
-        low, high = _rotated(q_low, q_low + HALF, cos, sin, mask, stride_split, SPLITS, dtype)
-        out_low = out_ptr + token * stride_out_token + (head * stride_out_head)[:, None] + d[None, :]
-        tl.store(out_low, low, mask=mask)
-        tl.store(out_low + HALF, high, mask=mask)
+        low, high = _rotated(q_low, q_low + HALF, cos, sin, mask)
+        tl.store(q_low, low, mask=mask)
+        tl.store(q_low + HALF, high, mask=mask)
     else:
         head = (tile - Q_TILES) * BLOCK_H + h
         mask = (head < NUM_KV_HEADS)[:, None] & (d < HALF)[None, :]
         k_low = k_ptr + token * stride_k_token + (head * stride_k_head)[:, None] + d[None, :]
-        low, high = _rotated(k_low, k_low + HALF, cos, sin, mask, stride_split, SPLITS, dtype)
-        if SPLITS == 1:
-            tl.store(k_low, low, mask=mask)
-            tl.store(k_low + HALF, high, mask=mask)
+        low, high = _rotated(k_low, k_low + HALF, cos, sin, mask)
+        tl.store(k_low, low, mask=mask)
+        tl.store(k_low + HALF, high, mask=mask)
         slot = tl.load(slot_mapping_ptr + token)
         # A padded row has slot -1: its address would lie before the cache.
         if slot >= 0:
@@ -92,10 +74,8 @@ def rope_store_kernel(
             cache = kv_ptr + slot * (NUM_KV_HEADS * HEAD_DIM) + (head * HEAD_DIM)[:, None] + d[None, :]
             tl.store(cache, low, mask=mask)
             tl.store(cache + HALF, high, mask=mask)
-            v = _summed(v_low, mask, stride_split, SPLITS, dtype)
-            tl.store(cache + v_offset, v.to(dtype), mask=mask)
-            v = _summed(v_low + HALF, mask, stride_split, SPLITS, dtype)
-            tl.store(cache + v_offset + HALF, v.to(dtype), mask=mask)
+            tl.store(cache + v_offset, tl.load(v_low, mask=mask), mask=mask)
+            tl.store(cache + v_offset + HALF, tl.load(v_low + HALF, mask=mask), mask=mask)
 
 
 def rope_and_store(
@@ -108,52 +88,18 @@ def rope_and_store(
     slot_mapping: torch.Tensor,
 ) -> None:
     """See `AttentionBackend.rope_and_store`. Legal in a CUDA graph. Raises ValueError."""
-    _rotate(q, k, v, q, positions, cos_sin, layer_kv, slot_mapping)
-
-
-def rope_parts_and_store(
-    parts: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    layer_kv: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
-    """See `AttentionBackend.rope_parts_and_store`. Legal in a CUDA graph. Raises ValueError."""
-    num_kv_heads = layer_kv.shape[3]
-    num_heads = parts.shape[2] - 2 * num_kv_heads
-    q, k, v = parts[0].split_with_sizes([num_heads, num_kv_heads, num_kv_heads], 1)
-    out = torch.empty(q.shape, dtype=layer_kv.dtype, device=q.device)
-    _rotate(q, k, v, out, positions, cos_sin, layer_kv, slot_mapping, parts.shape[0], parts.stride(0))
-    return out
-
-
-def _rotate(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    layer_kv: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    splits: int = 1,
-    stride_split: int = 0,
-) -> None:
     launch = _plan(
         q.get_device(),
         signature(q),
         signature(k),
         signature(v),
-        signature(q) if out is q else signature(out),
         signature(positions),
         signature(cos_sin),
         signature(layer_kv),
         signature(slot_mapping),
-        splits,
-        stride_split,
     )
     if launch is not None:
-        launch(q, k, v, out, positions, cos_sin, layer_kv, slot_mapping)
+        launch(q, k, v, positions, cos_sin, layer_kv, slot_mapping)
 
 
 @lru_cache(NUM_PLANS)
@@ -162,33 +108,27 @@ def _plan(
     q: Signature,
     k: Signature,
     v: Signature,
-    out: Signature,
     positions: Signature,
     cos_sin: Signature,
     layer_kv: Signature,
     slot_mapping: Signature,
-    splits: int,
-    stride_split: int,
 ) -> Launch | None:
     """None where there is nothing to compute."""
     del device
     _check(q, k, v, positions, cos_sin, layer_kv, slot_mapping)
-    if any(x[2] != (layer_kv[2] if splits == 1 else torch.float32) for x in (q, k, v)):
-        raise ValueError("q, k, v and the cache must have one dtype, parts float32")
     num_tokens, num_heads, head_dim = q[0]
     num_kv_heads = k[0][1]
     if num_tokens == 0:
         return None
     block_h = min(_HEADS_PER_PROGRAM, next_power_of_2(max(num_heads, num_kv_heads)))
     grid = (num_tokens, cdiv(num_heads, block_h) + cdiv(num_kv_heads, block_h))
-    numbers = (*q[1][:2], *k[1][:2], *v[1][:2], *out[1][:2], layer_kv[1][0], stride_split)
+    numbers = (*q[1][:2], *k[1][:2], *v[1][:2], layer_kv[1][0])
     constants = {
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
         "HALF_PAD": next_power_of_2(head_dim // 2),
         "BLOCK_H": block_h,
-        "SPLITS": splits,
     }
     return Launch(rope_store_kernel, grid, numbers, constants, num_warps=4)
 
@@ -207,6 +147,8 @@ def _check(
         raise ValueError(f"shapes do not fit: q {tuple(q[0])}, k {tuple(k[0])}, v {tuple(v[0])}")
     if layer_kv[0][0] != 2 or layer_kv[0][3:] != k[0][1:] or not is_packed(layer_kv[0][1:], layer_kv[1][1:]):
         raise ValueError(f"layer_kv {tuple(layer_kv[0])} does not fit k {tuple(k[0])}")
+    if not q[2] == k[2] == v[2] == layer_kv[2]:
+        raise ValueError("q, k, v and the cache must have one dtype")
     if cos_sin[2] != torch.float32 or cos_sin[0][1] != head_dim or not is_packed(*cos_sin[:2]):
         raise ValueError(f"cos_sin must be contiguous float32 [max_positions, {head_dim}]")
     if positions[0] != (num_tokens,) or slot_mapping[0] != (num_tokens,) or slot_mapping[2] != torch.int64:

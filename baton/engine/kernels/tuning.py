@@ -24,17 +24,13 @@ class PrefillConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """`programs` bounds the splits per KV head (beyond one per sequence); a split has at least `min_tiles` tiles.
-
-    `merges_last`: the program that ends last among a sequence's splits merges them, not a kernel of its own.
-    """
+    """`programs` bounds the splits per KV head (beyond one per sequence); a split has at least `min_tiles` tiles."""
 
     block_n: int
     num_warps: int
     num_stages: int
     programs: int
     min_tiles: int
-    merges_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +89,12 @@ _HALF_DECODE: Final = MappingProxyType(
 _FLOAT32_DECODE: Final = ((32, 4, 2, 4, 2), (32, 4, 2, 4, 2), (16, 4, 2, 4, 2))
 
 
-# Generations on which the last program of a sequence merges its splits. Awaits a measurement.
-_MERGES_LAST: Final = frozenset[int]()
-
 # One row only: with more, cuBLAS is faster. Long rows of a weight are read in longer pieces.
 _THIN: Final = MappingProxyType({9: (ThinConfig(16, 256, 4, 4), ThinConfig(8, 512, 4, 4))})
 _THIN_GATED: Final = MappingProxyType({9: ThinConfig(8, 256, 4, 4)})
 _LONG_ROW: Final = 8192
 
-# Rows of x, padded, and what the weight is like, to how its product is computed where cuBLAS is slower. Rows for "qkv",
-# whose splits the rotary embedding sums, await a measurement (`python -m benchmarks.tune --only qkv`).
+# Rows of x, padded, and what the weight is like, to how its product is computed where cuBLAS is slower.
 _FEW: Final = MappingProxyType(
     {
         9: {
@@ -160,10 +152,7 @@ class Tuning:
         return _THIN_GATED.get(self.generation) if num_rows == 1 and dtype.itemsize == 2 else None
 
     def few(self, num_rows: int, weight: torch.Tensor, kind: str) -> FewConfig | None:
-        """For a product of more than one row. `kind`: "plain"; "parts" and "qkv", which may be split; "gated".
-
-        None: cuBLAS.
-        """
+        """For a product of more than one row. `kind`: "plain"; "parts", which may be split; "gated". None: cuBLAS."""
         out_size, in_size = weight.shape
         if weight.itemsize != 2 or not 1 < num_rows <= 64:
             return None
@@ -180,8 +169,7 @@ class Tuning:
         rows = _HALF_DECODE[self.generation] if dtype.itemsize == 2 else _FLOAT32_DECODE
         block_n, num_warps, num_stages, per_sm, min_tiles = rows[_row(head_dim)]
         programs = max(1, self.num_sms * per_sm // num_kv_heads)
-        merges_last = self.generation in _MERGES_LAST
-        return DecodeConfig(block_n, num_warps, num_stages, programs, min_tiles, merges_last)
+        return DecodeConfig(block_n, num_warps, num_stages, programs, min_tiles)
 
 
 def _row(head_dim: int) -> int:

@@ -35,13 +35,10 @@ class FusedLinear:
         """x: [num_tokens, in_size]. Returns [num_tokens, sum of the parts]."""
         return linear(x, self.weight, self.bias)
 
-    def parts_of(self, x: torch.Tensor, kind: str = "parts") -> torch.Tensor:
-        """The same, or float32 [parts, num_tokens, sum of the parts] to be summed: for who reads it all anyway.
-
-        `kind`: who that is, "parts" the addition to the residual stream, "qkv" the rotary embedding.
-        """
+    def parts_of(self, x: torch.Tensor) -> torch.Tensor:
+        """The same, or float32 [parts, num_tokens, sum of the parts] to be summed: for who adds it to something."""
         if x.is_cuda:
-            return cuda_kernels().linear_parts(x, self.weight, self.bias, kind)
+            return cuda_kernels().linear_parts(x, self.weight, self.bias)
         return self(x)
 
     def checkpoint_views(self, prefix: str) -> dict[str, torch.Tensor]:

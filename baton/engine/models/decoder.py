@@ -42,12 +42,7 @@ class Attention:
         backend: AttentionBackend,
     ) -> torch.Tensor:
         c = self.config
-        product = self.qkv(x) if c.qk_norm else self.qkv.parts_of(x, "qkv")
-        if product.dim() == 3:
-            parts = product.view(*product.shape[:2], -1, c.head_dim)
-            q = backend.rope_parts_and_store(parts, positions, cos_sin, layer_kv, meta)
-            return self.out.parts_of(backend.attend(q, layer_kv, meta, self.scale).flatten(1))
-        heads = product.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        heads = self.qkv(x).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         # [num_tokens, num_heads, head_dim], [num_tokens, num_kv_heads, head_dim] twice
         q, k, v = heads.split_with_sizes([c.num_heads, c.num_kv_heads, c.num_kv_heads], 1)
         if self.q_norm is not None and self.k_norm is not None:
