@@ -121,13 +121,14 @@ class Bench:
         blocks = tokens // 16
         cache = self._random(layers, 2, 4 * blocks, 16, KV_HEADS, HEAD_DIM)
         ids = torch.randperm(4 * blocks, device=self._device)[:blocks]
-        salts = torch.arange(blocks, device=self._device)
+        others = (torch.zeros(blocks, dtype=torch.int64, device=self._device) for _ in range(3))
+        tables = kv_pack.PackTables(ids, *others)
         size = layers * tokens * KV_BYTES_PER_TOKEN
         data = torch.empty(size, dtype=torch.uint8, device=self._device)
         shape = f"{tokens} tokens, {layers} layers, block 16"
-        pack = [partial(kv_pack.pack, cache, 0, layers, ids, data, salts)]
+        pack = [partial(kv_pack.pack, cache, 0, layers, blocks, tables, data)]
         yield self._row("kv_pack", shape, pack, moved=2 * size)
-        unpack = [partial(kv_pack.unpack, cache, 0, layers, ids, data, salts)]
+        unpack = [partial(kv_pack.unpack, cache, 0, layers, blocks, tables, data)]
         yield self._row("kv_unpack", shape, unpack, moved=2 * size)
 
     def _sampling(self, batch: int) -> Iterator[Row]:

@@ -175,7 +175,7 @@ def make_packer(device: torch.device) -> Packer:
     """The packer for KV on `device`."""
     if device.type == "cpu":
         return TorchPacker()
-    return cast(Packer, _triton_packing().TritonPacker())
+    return cast(Packer, _triton_packing().TritonPacker(device))
 
 
 def warm_up(kv_cache: torch.Tensor) -> None:

@@ -1,10 +1,15 @@
 """The packer for CUDA: one kernel gathers or scatters a segment and hashes it on the way.
 
 Only `kv_transfer.packing.make_packer` imports this module, so that machines without Triton need none.
+
+What a chunk costs its threads here is what bounds a fast link, so nothing is allocated per chunk: its block ids and
+salts go to the device in one copy out of pinned memory that is kept, the kernel that finishes the fingerprints writes
+them to such memory itself, and both kernels are launched as compiled.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -13,20 +18,30 @@ import numpy.typing as npt
 import torch
 
 from baton.engine.kernels import kv_pack
+from baton.engine.kernels.kv_pack import PackTables
+from baton.engine.kernels.launch import next_power_of_2
 from kv_transfer.fingerprint import Salts, block_salts
 from kv_transfer.messages import LeaseKey, Segment
-from kv_transfer.packing import Copy, Done, are_expected, checked_ids
+from kv_transfer.packing import Copy, are_expected, checked_ids
 from kv_transfer.streams import borrowed
+
+_PREPARED = 16  # chunks under way at once before more memory is pinned, which may wait for the device
+_MIN_BLOCKS = 1024
 
 
 class TritonPacker:
-    """Launches on the current stream; see `Packer`."""
+    """Launches on the current stream; see `Packer`. Any thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._idle = deque(_Scratch(_MIN_BLOCKS, device) for _ in range(_PREPARED))
 
     def start_pack(
         self, kv_cache: torch.Tensor, segment: Segment, block_ids: Sequence[int], out: torch.Tensor, salts: Salts
     ) -> Copy[list[int]]:
-        ids, keys = upload(checked_ids(kv_cache, segment, block_ids, out, salts), salts, kv_cache.device)
-        return _fetch(kv_pack.pack(kv_cache, segment.layer_start, segment.layer_end, ids, out, keys))
+        scratch = self._filled(checked_ids(kv_cache, segment, block_ids, out, salts), salts)
+        kv_pack.pack(kv_cache, segment.layer_start, segment.layer_end, len(salts), scratch.tables, out)
+        return scratch.launched(len(salts), self._idle)
 
     def start_unpack(
         self,
@@ -37,23 +52,27 @@ class TritonPacker:
         salts: Salts,
         expected: Sequence[int],
     ) -> Copy[bool]:
-        ids, keys = upload(checked_ids(kv_cache, segment, block_ids, data, salts), salts, kv_cache.device)
-        found = kv_pack.unpack(kv_cache, segment.layer_start, segment.layer_end, ids, data, keys)
-        return _Comparison(_fetch(found), expected)
+        scratch = self._filled(checked_ids(kv_cache, segment, block_ids, data, salts), salts)
+        kv_pack.unpack(kv_cache, segment.layer_start, segment.layer_end, len(salts), scratch.tables, data)
+        return _Comparison(scratch.launched(len(salts), self._idle), expected)
 
-
-def _fetch(on_device: torch.Tensor) -> Copy[list[int]]:
-    """Fingerprints, int64 [num_blocks], as the unsigned integers that they are."""
-    if on_device.device.type == "cuda":
-        return _Fingerprints(on_device)
-    return Done(on_device.numpy().view(np.uint64).tolist())  # under Triton's interpreter
+    def _filled(self, block_ids: npt.NDArray[np.int64], salts: Salts) -> _Scratch:
+        """Scratch that nobody else uses, with the chunk's tables on their way to the device."""
+        try:
+            scratch = self._idle.pop()
+        except IndexError:
+            scratch = _Scratch(_MIN_BLOCKS, self._device)
+        if len(salts) > scratch.num_blocks:
+            scratch = _Scratch(next_power_of_2(len(salts)), self._device)
+        scratch.fill(block_ids, salts)
+        return scratch
 
 
 def warm_up(kv_cache: torch.Tensor) -> None:
     """Launch pack and unpack once, on a stream of their own, and wait for them. The cache is left as it is."""
     segment = Segment(0, 1, 0, 1)
     salts = block_salts(LeaseKey(0, 0), 0, segment)
-    device, packer = kv_cache.device, TritonPacker()
+    device, packer = kv_cache.device, TritonPacker(kv_cache.device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # whoever fills the cache may still be at it, on another stream
     with borrowed(device) if device.type == "cuda" else nullcontext():
@@ -63,31 +82,53 @@ def warm_up(kv_cache: torch.Tensor) -> None:
             raise RuntimeError(f"{device}: what the pack kernel wrote the unpack kernel does not verify")
 
 
-def upload(block_ids: npt.NDArray[np.int64], salts: Salts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as int64 on the device, in one copy out of pinned memory: nothing waits for the stream.
+class _Scratch:
+    """The tables of one chunk at a time, of at most `num_blocks` blocks, on the device and in memory of the host."""
 
-    Both begin at a multiple of 16 bytes, whatever their length: kernels are compiled anew for what does not.
-    """
-    num_blocks = len(salts)
-    values = np.empty((2, num_blocks + num_blocks % 2), dtype=np.int64)
-    values[0, :num_blocks], values[1, :num_blocks] = block_ids, salts.view(np.int64)
-    host = torch.from_numpy(values)
-    ids, keys = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-    return ids[:num_blocks], keys[:num_blocks]
+    def __init__(self, num_blocks: int, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"  # else under Triton's interpreter
+        self.num_blocks = num_blocks
+        self._host = torch.empty(2, num_blocks, dtype=torch.int64, pin_memory=is_cuda)
+        self._rows = self._host.numpy()
+        self._on_device = torch.empty(2, num_blocks, dtype=torch.int64, device=device)
+        fingerprints = torch.empty(num_blocks, dtype=torch.int64, pin_memory=is_cuda)
+        self._found = fingerprints.numpy().view(np.uint64)
+        sums = torch.zeros(num_blocks, dtype=torch.int64, device=device)
+        self.tables = PackTables(self._on_device[0], self._on_device[1], sums, fingerprints)
+        self._done: torch.cuda.Event | None = None
+        if is_cuda:
+            self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            torch.cuda.current_stream(device).synchronize()  # the zeros are there for all streams
+
+    def fill(self, block_ids: npt.NDArray[np.int64], salts: Salts) -> None:
+        self._rows[0, : len(salts)] = block_ids
+        self._rows[1, : len(salts)] = salts.view(np.int64)
+        self._on_device.copy_(self._host, non_blocking=True)
+
+    def launched(self, num_blocks: int, idle: deque[_Scratch]) -> Copy[list[int]]:
+        """The chunk's fingerprints behind the work on the current stream; then the scratch is `idle` again."""
+        if self._done is not None:
+            self._done.record()
+        return _Fingerprints(self, num_blocks, idle)
+
+    def fingerprints(self, num_blocks: int) -> list[int]:
+        if self._done is not None:
+            self._done.synchronize()
+        values: list[int] = self._found[:num_blocks].tolist()
+        return values
 
 
 class _Fingerprints:
-    """Fetches int64 [num_blocks] from the device behind the work on the current stream."""
+    """As the unsigned integers that they are. After a failed launch or wait its scratch is not used again."""
 
-    def __init__(self, on_device: torch.Tensor) -> None:
-        self._host = torch.empty(on_device.shape, dtype=torch.int64, pin_memory=True)
-        self._host.copy_(on_device, non_blocking=True)
-        self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._done.record()
+    def __init__(self, scratch: _Scratch, num_blocks: int, idle: deque[_Scratch]) -> None:
+        self._scratch = scratch
+        self._num_blocks = num_blocks
+        self._idle = idle
 
     def wait(self) -> list[int]:
-        self._done.synchronize()
-        values: list[int] = self._host.numpy().view(np.uint64).tolist()
+        values = self._scratch.fingerprints(self._num_blocks)
+        self._idle.append(self._scratch)
         return values
 
 

@@ -78,7 +78,7 @@ class EngineConfig(_Section):
     launch_lead_s: float | None = Field(None, ge=0)
     stall_timeout_s: float | None = Field(None, gt=0)
     decode_graphs: bool = True
-    prefill_graph_tokens: int = Field(0, ge=0, le=4096)
+    prefill_graph_tokens: int = Field(1024, ge=0, le=4096)
     cpu_threads: int = Field(1, ge=1)
 
 

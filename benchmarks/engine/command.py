@@ -41,7 +41,7 @@ def bench_engine(
     block_size: Annotated[int, Flag()] = 16,
     overlap: Annotated[bool, Flag(help="Launch a step before the one before is read back.")] = True,
     decode_graphs: Annotated[bool, Flag(help="Run decode steps as CUDA graphs.")] = True,
-    prefill_graph_tokens: Annotated[int, Flag(min=0, help="Run steps with prompts up to this size as graphs.")] = 0,
+    prefill_graph_tokens: Annotated[int, Flag(min=0, help="Run steps with prompts up to this size as graphs.")] = 1024,
     few: Annotated[list[str] | None, Flag(help="A row for the tuning table of products of a few rows.")] = None,
 ) -> None:
     """Step times and throughput of the engine alone, beside their floors, on one GPU."""

@@ -11,13 +11,12 @@ if wanted tests; then
   stage tests_alone 80 "${pytest[@]}" -v "${alone[@]}"
 fi
 if wanted prefill; then # first tokens with and without graphs of short prompts, decode steps
-  bench prefill_graphs 90 --part prefill --prefill-graph-tokens 1024
-  bench prefill_eager_and_decode 130 --part prefill --part decode
+  bench prefill_graphs 90 --part prefill
+  bench prefill_eager_and_decode 130 --part prefill --part decode --prefill-graph-tokens 0
 fi
 if wanted kernels; then
   stage kernels 110 python3 -m baton bench kernels --out "$RESULTS/kernels.json" --commit "$COMMIT"
 fi
-if wanted whole; then # with what the stages before chose in WHOLE_FLAGS
-  # shellcheck disable=SC2086
-  bench whole 190 ${WHOLE_FLAGS:---prefill-graph-tokens 1024}
+if wanted whole; then
+  bench whole 190
 fi

@@ -38,7 +38,7 @@ from baton.engine.kernels.tuning import Tuning
 POINTERS = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "kv_ptr", "out_ptr", "x_ptr", "residual_ptr", "weight_ptr"), "*"),
     **dict.fromkeys(("gate_up_ptr", "logits_ptr", "bias_ptr"), "*"),
-    **dict.fromkeys(("records_ptr", "draws_ptr", "input_ids_ptr"), "*i64"),
+    **dict.fromkeys(("fingerprints_ptr", "records_ptr", "draws_ptr", "input_ids_ptr"), "*i64"),
     "tables_ptr": "*i32",
     **dict.fromkeys(("cu_seqlens_q_ptr", "context_lens_ptr", "block_tables_ptr"), "*i32"),
     **dict.fromkeys(("limit_ptr", "last_token_ptr", "best_token_ptr", "segment_ptr"), "*i32"),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from baton.engine.kernels import kv_pack
-from kv_transfer.triton_packing import TritonPacker, upload, warm_up
+from kv_transfer.triton_packing import TritonPacker, warm_up
 from tests.transfer.test_packing import BLOCK_IDS, CPU, SALTS, SEGMENT, buffer_for, layout_of, random_bits, same_bits
 
 
@@ -31,27 +31,29 @@ class Launches:
 
 
 def main() -> None:
+    kv_pack.move_blocks_kernel = launches = Launches(kv_pack.move_blocks_kernel)
     layout = layout_of("float16")
     cache, data = random_bits(layout), buffer_for(layout)
-    packer = TritonPacker()
+    before = cache.clone()
+    warm_up(cache)
+    is_as_before = same_bits(cache, before)
+    directions = [constants["PACK"] for _, constants in launches.seen]
+
+    packer = TritonPacker(CPU)
     fingerprints = packer.start_pack(cache, SEGMENT, BLOCK_IDS, data, SALTS).wait()
     ok = packer.start_unpack(cache, SEGMENT, [1, 2, 4], data, SALTS, fingerprints).wait()
     bad = packer.start_unpack(cache, SEGMENT, [1, 2, 4], data, SALTS, [0, *fingerprints[1:]]).wait()
-    moved = same_bits(cache[1:3][:, :, [1, 2, 4]], cache[1:3][:, :, BLOCK_IDS])
-
-    kv_pack.move_blocks_kernel = launches = Launches(kv_pack.move_blocks_kernel)
-    before = cache.clone()
-    warm_up(cache)
-    directions = [constants["PACK"] for _, constants in launches.seen]
-    for count in (2, 3):
-        segment = SEGMENT._replace(block_end=SEGMENT.block_start + count)
-        room = torch.zeros(layout.segment_bytes(segment.num_layers, count), dtype=torch.uint8)
-        packer.start_pack(cache, segment, range(count), room, SALTS[:1].repeat(count)).wait()
+    moved = same_bits(cache[1:3][:, :, [1, 2, 4]], before[1:3][:, :, BLOCK_IDS])
     kernels = {json.dumps(launch) for launch in launches.seen}
-    odd = [upload(np.zeros(count, dtype=np.int64), SALTS[:1].repeat(count), CPU) for count in (1, 3)]
-    are_aligned = [(salts.data_ptr() - ids.data_ptr()) % 16 == 0 for ids, salts in odd]
-    answers = [fingerprints, ok, bad, moved, same_bits(cache, before), directions, len(kernels), are_aligned]
-    print(json.dumps(answers))
+
+    # More at once than was prepared, then a chunk of more blocks than any before.
+    at_once = [packer.start_pack(cache, SEGMENT, BLOCK_IDS, data, SALTS) for _ in range(20)]
+    are_equal = len({tuple(copy.wait()) for copy in at_once}) == 1
+    many = SEGMENT._replace(block_end=SEGMENT.block_start + 1500)
+    room = torch.zeros(layout.segment_bytes(many.num_layers, 1500), dtype=torch.uint8)
+    long = packer.start_pack(cache, many, [3] * 1500, room, np.arange(1500, dtype=np.uint64)).wait()
+    are_all_there = len(set(long)) == 1500
+    print(json.dumps([fingerprints, ok, bad, moved, is_as_before, directions, len(kernels), are_equal, are_all_there]))
 
 
 if __name__ == "__main__":

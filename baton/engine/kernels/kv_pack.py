@@ -5,17 +5,28 @@ of the segment as 32-bit words in the order (layer, K/V, slot, head, dim):
 h = sum of word_j * (splitmix64(j) | 1) mod 2^64, fingerprint = splitmix64(h ^ salt). Addition mod 2^64 has no order,
 so the atomic sums below give the same bits on every run.
 
-The callers are the transfer threads; everything runs on their current stream, and nothing waits for it here.
+The callers are the transfer threads; everything runs on their current stream, and nothing waits for it here. Each chunk
+costs its thread two launches: what they share is in `PackTables`, which serve one chunk after the other.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
-from baton.engine.kernels.launch import cdiv, next_power_of_2
+from baton.engine.kernels.launch import (
+    NUM_PLANS,
+    Launch,
+    Signature,
+    cdiv,
+    is_packed,
+    next_power_of_2,
+    signature,
+)
 
 _WORDS_PER_PROGRAM = 1024
 _BLOCKS_PER_PROGRAM = 8  # also of fewer: a compiled kernel more would cost far more than the masked turns of a loop
@@ -29,13 +40,12 @@ def splitmix64(x):
     return z ^ (z >> 31)
 
 
-@triton.jit(do_not_specialize=["layer_start", "num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks"])
 def move_blocks_kernel(
-    kv_ptr,  # int32 words of the cache, [num_layers, 2, num_cache_blocks, PLANE]
+    kv_ptr,  # int32 words of the cache from the first layer on, [layers, 2, num_cache_blocks, PLANE]
     segment_ptr,  # int32 words of the segment, [num_segment_layers, 2, num_blocks, PLANE]
     block_ids_ptr,
-    sums_ptr,  # int64 [num_blocks], zeroed
-    layer_start,
+    sums_ptr,  # int64 [num_blocks], zero
     num_blocks,
     stride_layer,  # words from layer to layer of the cache; its K and V planes lie stride_plane apart
     stride_plane,
@@ -49,8 +59,7 @@ def move_blocks_kernel(
     mask = i < PLANE
     # Two 64-bit products per word cost more than the copy: one factor serves several blocks.
     factor = splitmix64((plane * PLANE + i).to(tl.uint64)) | 1
-    layer = (layer_start + plane // 2).to(tl.int64)
-    cache = kv_ptr + layer * stride_layer + (plane % 2).to(tl.int64) * stride_plane + i
+    cache = kv_ptr + (plane // 2).to(tl.int64) * stride_layer + (plane % 2).to(tl.int64) * stride_plane + i
     segment = segment_ptr + plane.to(tl.int64) * num_blocks * PLANE + i
     for j in tl.static_range(BLOCKS):
         block = tl.program_id(2) * BLOCKS + j
@@ -70,104 +79,125 @@ def move_blocks_kernel(
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def finish_fingerprints_kernel(sums_ptr, salts_ptr, num_blocks, BLOCK: tl.constexpr):
+def finish_fingerprints_kernel(sums_ptr, salts_ptr, fingerprints_ptr, num_blocks, BLOCK: tl.constexpr):
+    """Also clears the sums for the next chunk."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < num_blocks
-    salted = tl.load(sums_ptr + i, mask=mask, other=0) ^ tl.load(salts_ptr + i, mask=mask, other=0)
+    sums = tl.load(sums_ptr + i, mask=mask, other=0)
+    salted = sums ^ tl.load(salts_ptr + i, mask=mask, other=0)
+    tl.store(sums_ptr + i, tl.zeros_like(sums), mask=mask)
     fingerprint = splitmix64(salted.to(tl.uint64, bitcast=True))
-    tl.store(sums_ptr + i, fingerprint.to(tl.int64, bitcast=True), mask=mask)
+    tl.store(fingerprints_ptr + i, fingerprint.to(tl.int64, bitcast=True), mask=mask)
+
+
+class PackTables:
+    """What the kernels read and write per block: four int64 tensors of one length, which bounds a chunk's blocks.
+
+    block_ids, salts: filled in before a launch. sums: zero before it and after. fingerprints: the result; may lie in
+    pinned memory of the host, which the device writes to. One chunk at a time.
+    """
+
+    __slots__ = ("block_ids", "fingerprints", "layout", "salts", "sums")
+
+    def __init__(
+        self, block_ids: torch.Tensor, salts: torch.Tensor, sums: torch.Tensor, fingerprints: torch.Tensor
+    ) -> None:
+        """Raises ValueError."""
+        self.block_ids, self.salts, self.sums, self.fingerprints = block_ids, salts, sums, fingerprints
+        self.layout = tuple(signature(x) for x in (block_ids, salts, sums, fingerprints))
+        for shape, strides, dtype, _ in self.layout:
+            if dtype != torch.int64 or len(shape) != 1 or shape != block_ids.shape or not is_packed(shape, strides):
+                raise ValueError("all tables must be int64, flat, contiguous and of one length")
 
 
 def pack(
-    kv_cache: torch.Tensor,
-    layer_start: int,
-    layer_end: int,
-    block_ids: torch.Tensor,
-    out: torch.Tensor,
-    salts: torch.Tensor,
-) -> torch.Tensor:
-    """Gather `block_ids` of layers [layer_start, layer_end) into `out`; returns the fingerprints, int64 [num_blocks].
+    kv_cache: torch.Tensor, layer_start: int, layer_end: int, num_blocks: int, tables: PackTables, out: torch.Tensor
+) -> None:
+    """Gather the first `num_blocks` of the tables' blocks, of layers [layer_start, layer_end), into `out`.
 
-    kv_cache: [num_layers, 2, num_cache_blocks, block_size, num_kv_heads, head_dim], contiguous. block_ids, salts: int64
-    [num_blocks]. out: uint8, flat, of exactly the segment's bytes, on a multiple of 4. Raises ValueError.
+    kv_cache: [num_layers, 2, num_cache_blocks, block_size, num_kv_heads, head_dim], contiguous. out: uint8, flat, of
+    exactly the segment's bytes, on a multiple of 4. Raises ValueError.
     """
-    return _move(kv_cache, layer_start, layer_end, block_ids, out, salts, to_segment=True)
+    _move(kv_cache, layer_start, layer_end, num_blocks, tables, out, True)
 
 
 def unpack(
-    kv_cache: torch.Tensor,
-    layer_start: int,
-    layer_end: int,
-    block_ids: torch.Tensor,
-    data: torch.Tensor,
-    salts: torch.Tensor,
-) -> torch.Tensor:
-    """Scatter `data` into `block_ids` (which must not repeat); returns the fingerprints of what was read.
+    kv_cache: torch.Tensor, layer_start: int, layer_end: int, num_blocks: int, tables: PackTables, data: torch.Tensor
+) -> None:
+    """Scatter `data` into the blocks, which must not repeat; the fingerprints are those of what was read.
 
     The blocks are overwritten whatever the fingerprints turn out to be: on a mismatch they hold nothing of use.
     Arguments as in `pack`. Raises ValueError.
     """
-    return _move(kv_cache, layer_start, layer_end, block_ids, data, salts, to_segment=False)
+    _move(kv_cache, layer_start, layer_end, num_blocks, tables, data, False)
 
 
 def _move(
     kv_cache: torch.Tensor,
     layer_start: int,
     layer_end: int,
-    block_ids: torch.Tensor,
+    num_blocks: int,
+    tables: PackTables,
     segment: torch.Tensor,
-    salts: torch.Tensor,
     to_segment: bool,
-) -> torch.Tensor:
-    plane = _check(kv_cache, layer_start, layer_end, block_ids, segment, salts)
-    num_blocks = block_ids.shape[0]
-    sums = torch.zeros(num_blocks, dtype=torch.int64, device=kv_cache.device)
-    if num_blocks == 0:
-        return sums
-    words = min(_WORDS_PER_PROGRAM, next_power_of_2(plane))
-    cache_words = kv_cache.view(kv_cache.shape[0], 2, kv_cache.shape[2], -1).view(torch.int32)
-    grid = (cdiv(plane, words), 2 * (layer_end - layer_start), cdiv(num_blocks, _BLOCKS_PER_PROGRAM))
-    move_blocks_kernel[grid](
-        cache_words,
-        segment.view(torch.int32),
-        block_ids,
-        sums,
-        layer_start,
-        num_blocks,
-        cache_words.stride(0),
-        cache_words.stride(1),
-        PLANE=plane,
-        WORDS=words,
-        BLOCKS=_BLOCKS_PER_PROGRAM,
-        PACK=to_segment,
-        num_warps=4,
-    )
-    finish_fingerprints_kernel[(cdiv(num_blocks, 256),)](sums, salts, num_blocks, BLOCK=256, num_warps=4)
-    return sums
-
-
-def _check(
-    kv_cache: torch.Tensor,
-    layer_start: int,
-    layer_end: int,
-    block_ids: torch.Tensor,
-    segment: torch.Tensor,
-    salts: torch.Tensor,
-) -> int:
-    """32-bit words of one block in one K or V plane; ValueError if the arguments do not fit together."""
-    if kv_cache.dim() != 6 or kv_cache.shape[1] != 2 or not kv_cache.is_contiguous():
-        raise ValueError("kv_cache must be contiguous [layers, 2, blocks, block_size, num_kv_heads, head_dim]")
+) -> None:
     if not 0 <= layer_start < layer_end <= kv_cache.shape[0]:
         raise ValueError(f"layers [{layer_start}, {layer_end}) of {kv_cache.shape[0]}")
-    num_blocks = block_ids.shape[0]
-    if block_ids.dtype != torch.int64 or salts.dtype != torch.int64 or salts.shape != block_ids.shape:
-        raise ValueError("block_ids and salts must be int64 and of one length")
-    plane_bytes = kv_cache[0, 0, 0].numel() * kv_cache.itemsize
+    if num_blocks == 0:
+        return
+    layers = kv_cache[layer_start:]
+    move, finish = _plan(
+        kv_cache.get_device(),
+        signature(layers),
+        layer_end - layer_start,
+        num_blocks,
+        tables.layout,
+        signature(segment),
+        to_segment,
+    )
+    move(layers.view(torch.int32), segment.view(torch.int32), tables.block_ids, tables.sums)
+    finish(tables.sums, tables.salts, tables.fingerprints)
+
+
+@lru_cache(NUM_PLANS)
+def _plan(
+    device: int,
+    cache: Signature,
+    num_layers: int,
+    num_blocks: int,
+    tables: tuple[Signature, ...],
+    segment: Signature,
+    to_segment: bool,
+) -> tuple[Launch, Launch]:
+    """Of the kernel that moves and of the one that finishes the fingerprints."""
+    del device
+    plane = _words_per_plane(cache, num_layers, num_blocks, tables, segment)
+    words = min(_WORDS_PER_PROGRAM, next_power_of_2(plane))
+    grid = (cdiv(plane, words), 2 * num_layers, cdiv(num_blocks, _BLOCKS_PER_PROGRAM))
+    num_cache_blocks = cache[0][2]
+    numbers = (num_blocks, 2 * num_cache_blocks * plane, num_cache_blocks * plane)
+    constants = {"PLANE": plane, "WORDS": words, "BLOCKS": _BLOCKS_PER_PROGRAM, "PACK": to_segment}
+    return (
+        Launch(move_blocks_kernel, grid, numbers, constants, num_warps=4),
+        Launch(finish_fingerprints_kernel, (cdiv(num_blocks, 256),), (num_blocks,), {"BLOCK": 256}, num_warps=4),
+    )
+
+
+def _words_per_plane(
+    cache: Signature, num_layers: int, num_blocks: int, tables: tuple[Signature, ...], segment: Signature
+) -> int:
+    """32-bit words of one block in one K or V plane; ValueError if the arguments do not fit together."""
+    shape, strides, dtype, _ = cache
+    if len(shape) != 6 or shape[1] != 2 or not is_packed(shape, strides):
+        raise ValueError("kv_cache must be contiguous [layers, 2, blocks, block_size, num_kv_heads, head_dim]")
+    if num_blocks > tables[0][0][0]:
+        raise ValueError(f"{num_blocks} blocks, tables of {tables[0][0][0]}")
+    plane_bytes = shape[3] * shape[4] * shape[5] * dtype.itemsize
     if plane_bytes % 4:
         raise ValueError(f"a block's {plane_bytes} bytes of K are no multiple of 4")
-    expected = 2 * (layer_end - layer_start) * num_blocks * plane_bytes
-    if segment.dtype != torch.uint8 or segment.shape != (expected,) or not segment.is_contiguous():
-        raise ValueError(f"the segment must be {expected} bytes, got {segment.dtype} {tuple(segment.shape)}")
-    if segment.data_ptr() % 4:
+    expected = 2 * num_layers * num_blocks * plane_bytes
+    if segment[2] != torch.uint8 or segment[0] != (expected,) or not is_packed(*segment[:2]):
+        raise ValueError(f"the segment must be {expected} bytes, got {segment[2]} {tuple(segment[0])}")
+    if segment[3] % 4:
         raise ValueError("the segment must start at a multiple of 4 bytes")
     return plane_bytes // 4

@@ -2,7 +2,7 @@
 
 Triton's own way binds and classifies every argument at every launch, which takes longer than many kernels do. Here a
 wrapper settles all but the tensors once per class of tensors (see `signature`) and keeps the result with `lru_cache`.
-Engine thread; the cached launches hold no tensor.
+Any thread; the cached launches hold no tensor.
 """
 
 from __future__ import annotations
@@ -82,5 +82,6 @@ class Launch:
         if compiled is not None:  # the interpreter compiles nothing
             names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
             self._tail = (*self._numbers, *(self._constants[name] for name in names))
-            self._run = compiled.run  # which loads the kernel, so it comes first
+            run = compiled.run  # which loads the kernel, so it comes first
             self._head = (compiled.function, compiled.packed_metadata, None, None, None)
+            self._run = run  # last: another thread may call this now

@@ -22,6 +22,11 @@ def test_poisson_gaps_have_the_mean_and_spread_of_an_exponential() -> None:
     assert abs(np.mean(gaps > 1 / 8.0) - math.exp(-1)) < 0.01
 
 
+@given(st.integers(2, 50), st.floats(0.01, 1e4), st.text(max_size=5))
+def test_the_rate_that_was_asked_for_is_offered(count: int, rate: float, seed: str) -> None:
+    assert offered_rate(poisson_times(count, rate, seed)) == pytest.approx(rate)
+
+
 def test_counts_in_windows_have_the_variance_of_a_poisson_process() -> None:
     times = poisson_times(20_000, 10.0, "other")
     counts = np.histogram(times, bins=np.arange(0.0, times[-1] - 1.0, 1.0))[0]

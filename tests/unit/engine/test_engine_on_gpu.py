@@ -30,7 +30,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_gpu_harness(model_dir: Path, **settings: object) -> Harness:
     ports, clock = RecordingPorts(), ManualClock()
-    config = EngineConfig.model_validate({"dtype": "float32", "num_blocks": 64, "max_model_len": 256, **settings})
+    defaults = {"dtype": "float32", "num_blocks": 64, "max_model_len": 256, "prefill_graph_tokens": 0}
+    config = EngineConfig.model_validate({**defaults, **settings})
     engine = build_engine(config, TransferConfig(layer_groups=3), model_dir, CUDA, ports, clock)
     engine.poison_fresh_blocks()
     return Harness(engine, ports, clock)
