@@ -33,6 +33,7 @@ __all__ = [
 DECODE_RANK, PREFILL_RANK = 0, 1
 MAX_CTAS = 4
 _ARRIVAL_POLL_S = 0.003
+_BUFFER_BYTES = 2 * 1024 * 1024
 _MULTICAST_OFF = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS")
 
 
@@ -42,8 +43,11 @@ def nccl_environment() -> dict[str, str]:
     Off: NVLink multicast, and torch's handling of NCCL errors, which ends the process; connections watch their own
     operations. Launches of several communicators on one device keep the host's order; where a connection's first
     operation overlaps another's launch there is no order to keep and none is needed, so that is not an error.
+    Buffers half as large as NCCL's own take less memory and, between GPUs of one host, carry more
+    (docs/transfer_performance.md); what the operator has set for them stays.
     """
     return {
+        "NCCL_BUFFSIZE": os.environ.get("NCCL_BUFFSIZE", str(_BUFFER_BYTES)),
         "NCCL_NVLS_ENABLE": "0",
         "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
         "NVSHMEM_DISABLE_NVLS": "1",

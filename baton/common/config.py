@@ -95,8 +95,8 @@ class TransferConfig(_Section):
     """
 
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    window: int = Field(8, ge=1, le=64)
-    slot_bytes: int = Field(32 * 1024 * 1024, ge=4096, le=128 * 1024 * 1024)
+    window: int = Field(4, ge=1, le=64)
+    slot_bytes: int = Field(64 * 1024 * 1024, ge=4096, le=128 * 1024 * 1024)
     layer_groups: int = Field(0, ge=0)
     max_ctas: int = Field(4, ge=1, le=32)
     num_pairs: int = Field(4, ge=0)

@@ -145,9 +145,8 @@ class Runner:
         if self.prefill_path is None or not self.prefill_path.takes(step):
             return self._launch_eagerly(step, batch, groups, on_layer_group, logprobs)
         num_drawn = self.prefill_path.launch(step, batch)
-        event = self._record_event() if groups else None
-        for layer_start, layer_end in groups:
-            on_layer_group(layer_start, layer_end, event)
+        if groups:  # there at once, so in one
+            on_layer_group(groups[0][0], groups[-1][1], self._record_event())
         return num_drawn
 
     def _launch_eagerly(

@@ -54,6 +54,7 @@ class StepTimeModel:
         self._with_prefill = _Sums()
         self._decode_only = _Sums()
         self._samples = 0
+        self._fitted = StepTime(0.0, 0.0, 0.0, 0)
 
     def add(self, num_prefill_tokens: int, num_decode_seqs: int, seconds: float) -> None:
         """Count one step. A step that held nothing says nothing and is ignored."""
@@ -65,10 +66,13 @@ class StepTimeModel:
 
     def fit(self) -> StepTime:
         """The best coefficients so far; zeros before the first step."""
+        if self._fitted.samples == self._samples:
+            return self._fitted
         gram = self._with_prefill.gram + self._decode_only.gram
         moment = self._with_prefill.moment + self._decode_only.moment
         base, per_prefill_token, per_decode_seq = (float(value) for value in _solve_non_negative(gram, moment))
-        return StepTime(base, per_prefill_token, per_decode_seq, self._samples)
+        self._fitted = StepTime(base, per_prefill_token, per_decode_seq, self._samples)
+        return self._fitted
 
 
 def _solve_non_negative(gram: Vector, moment: Vector) -> Vector:

@@ -193,19 +193,23 @@ def test_steps_that_are_computed_otherwise(model_dir: Path) -> None:
 
 
 def test_hand_overs_are_announced_behind_the_step(model_dir: Path) -> None:
-    def segments_of(harness: Harness) -> list[tuple[object, ...]]:
+    def segments_of(harness: Harness) -> list[float]:
         harness.add(greedy("h", random_prompt(70), hand_over=True))
         harness.run()
         (done,) = harness.ports.prefills
-        fields = [(s.layer_start, s.layer_end, s.block_start, s.block_end) for s in harness.ports.segments]
-        kv = [
+        assert {(s.block_start, s.block_end) for s in harness.ports.segments} == {(0, 5)}
+        layers.append([(s.layer_start, s.layer_end) for s in harness.ports.segments])
+        kv = sum(
             harness.engine.kv_cache[s.layer_start : s.layer_end, :, list(s.block_ids[:-1])].double().sum().item()
             for s in harness.ports.segments
-        ]
-        return [(done.first_token,), *fields, *((round(value, 4),) for value in kv)]
+        )
+        return [done.first_token, round(kv, 4)]
 
+    layers: list[list[tuple[int, int]]] = []
     harness, path = padded_harness(model_dir)
     assert segments_of(harness) == segments_of(make_harness(model_dir))
+    in_one, by_group = layers
+    assert in_one == [(by_group[0][0], by_group[-1][1])], "what is there at once goes at once"
     assert path.launched == [(0, 70)]
 
 
