@@ -95,10 +95,10 @@ class TransferConfig(_Section):
     """
 
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    window: int = Field(4, ge=1, le=64)
+    window: int = Field(6, ge=1, le=64)
     slot_bytes: int = Field(64 * 1024 * 1024, ge=4096, le=128 * 1024 * 1024)
     layer_groups: int = Field(0, ge=0)
-    max_ctas: int = Field(4, ge=1, le=32)
+    max_ctas: int = Field(2, ge=1, le=32)
     num_pairs: int = Field(4, ge=0)
     peer_share: float = Field(0.5, gt=0, le=1)
     connect_timeout_s: float = Field(20.0, gt=0)

@@ -21,7 +21,7 @@ MakeRunner = Callable[[torch.Tensor], Runner]
 # Measured with NCCL 2.28 and its buffers as `kv_transfer.connection` sets them, at the receiving end, which takes more:
 # what the first communicator of a process takes beside its channels, and what a channel takes.
 FIRST_COMMUNICATOR_BYTES = 350 * 2**20
-COMMUNICATOR_BYTES_PER_CTA = 15 * 2**20
+COMMUNICATOR_BYTES_PER_CTA = 17 * 2**20
 CPU_CACHE_BYTES = 256 * 2**20
 CPU_TOKENS_PER_SEQ = 256
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 from collections.abc import Sequence
 
 from baton.common.config import BatonConfig, FaultSettings
 from baton.engine.build import build_engine
 from baton.worker.half import HalfFactory
+from baton.worker.interpreter import freeze_heap, shorten_turns
 from baton.worker.shell import WorkerShell
 
 logger = logging.getLogger(__name__)
 
-# A thread that wants the interpreter's lock waits up to this long while another computes. A chunk of KV changes threads
-# half a dozen times at either end, and each turn was seen to take the whole interval; CPython's default is 5 ms. With
-# 100 us bulk hand-overs came to 53 % of the link and with 20 us to 79 % (docs/transfer_performance.md).
-SWITCH_INTERVAL_S = 0.00002
 EXIT_CODE = 70
 
 
@@ -39,12 +35,13 @@ class WorkerActor:
         """
         async with self._starting:
             if self._shell is None:
-                sys.setswitchinterval(SWITCH_INTERVAL_S)
+                shorten_turns()
                 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
                 config = BatonConfig.model_validate_json(config_json)
                 host = config.cluster.worker_host or default_host
                 shell = WorkerShell(config, self._role, host, build_engine, self._halves, on_lost=end_process)
                 await shell.start()
+                freeze_heap()
                 self._shell = shell
         return {"worker_id": self._shell.worker_id, "address": self._shell.address}
 

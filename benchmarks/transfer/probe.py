@@ -22,8 +22,8 @@ from baton.common.clock import Clock
 from baton.common.config import BatonConfig, EngineConfig, TransferConfig
 from baton.engine.build import build_engine
 from baton.engine.ports import Ports
-from baton.worker.actor_base import SWITCH_INTERVAL_S
 from baton.worker.half import Half, HalfFactory, WorkerContext
+from baton.worker.interpreter import freeze_heap, shorten_turns
 from baton.worker.shell import WorkerShell, resolve_device
 from benchmarks.transfer.observe import Marks, ObservedEngine, ObservedPorts, WorkerLog
 from benchmarks.transfer.packing import pack_seconds
@@ -58,6 +58,7 @@ class Probe:
         self._since, self._cpu = 0.0, (0.0, 0.0)
         self._shell = WorkerShell(settings, self._role, self._host, self._build, [self._half])
         await self._shell.start()
+        freeze_heap()
         self._server: StoreServer | None = None
         self._raw: RawLink | None = None
         self._transport: PairTransport | None = None
@@ -225,7 +226,7 @@ async def main(role: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     torch.set_num_threads(1)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    shorten_turns()
     probe = Probe(role)
     while line := await asyncio.to_thread(sys.stdin.readline):
         answers.write(json.dumps(await answer(probe, line)) + "\n")

@@ -20,8 +20,8 @@ import torch
 
 from baton.common.config import BatonConfig
 from baton.engine.build import build_engine
-from baton.worker.actor_base import SWITCH_INTERVAL_S
 from baton.worker.half import Half, WorkerContext
+from baton.worker.interpreter import freeze_heap, shorten_turns
 from baton.worker.shell import WorkerShell
 from kv_transfer.connection import nccl_environment
 from tests.cluster.deaths import arm
@@ -120,7 +120,7 @@ def free_bytes(device: torch.device) -> int:
 
 async def main(role: str, config: BatonConfig, death: str) -> None:
     torch.set_num_threads(1)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    shorten_turns()
     injector = arm(death)
     if not await asyncio.to_thread(sys.stdin.readline):
         return
@@ -131,6 +131,7 @@ async def main(role: str, config: BatonConfig, death: str) -> None:
 
     shell = WorkerShell(config, role, HOST, build_engine, [half])
     await shell.start()
+    freeze_heap()
     print(shell.worker_id, shell.address, flush=True)
     device = torch.device("cuda", 0) if config.cluster.device == "cuda" else torch.device("cpu")
     while await asyncio.to_thread(sys.stdin.readline):
