@@ -5,19 +5,22 @@ Pure. Fed by the worker shell with every finished engine step (asyncio thread), 
 Recursive least squares in information form: the normal equations are kept and old steps fade by `forgetting`. Steps
 with and without prefill tokens fade separately, so an hour of pure decoding does not erase what prefill costs. The
 solution is the exact non-negative one, found by trying each of the eight sets of coefficients that may be positive.
+In plain floats: on three coefficients an array library spends a hundred times as long on its own calls, and every
+heartbeat would hold up the chunks and tokens of the asyncio thread for milliseconds.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-Vector = NDArray[np.float64]
+Vector = list[float]
+Matrix = list[Vector]
 SIZE = 3  # base, prefill tokens, decode sequences
+SETS = tuple(free for size in range(1, SIZE + 1) for free in combinations(range(SIZE), size))
+RIDGE = 1e-10  # of a scaled equation's diagonal: where several solutions fit, about the shortest one
 
 
 class StepTime(NamedTuple):
@@ -36,12 +39,15 @@ class StepTime(NamedTuple):
 class _Sums:
     """The fading normal equations of one kind of step: gram [3, 3], moment [3]."""
 
-    gram: Vector = field(default_factory=lambda: np.zeros((SIZE, SIZE)))
-    moment: Vector = field(default_factory=lambda: np.zeros(SIZE))
+    gram: Matrix = field(default_factory=lambda: [[0.0] * SIZE for _ in range(SIZE)])
+    moment: Vector = field(default_factory=lambda: [0.0] * SIZE)
 
     def add(self, features: Vector, seconds: float, forgetting: float) -> None:
-        self.gram = forgetting * self.gram + np.outer(features, features)
-        self.moment = forgetting * self.moment + seconds * features
+        for i, feature in enumerate(features):
+            row = self.gram[i]
+            for j, other in enumerate(features):
+                row[j] = forgetting * row[j] + feature * other
+            self.moment[i] = forgetting * self.moment[i] + seconds * feature
 
 
 class StepTimeModel:
@@ -61,38 +67,44 @@ class StepTimeModel:
         if num_prefill_tokens == 0 and num_decode_seqs == 0:
             return
         sums = self._with_prefill if num_prefill_tokens else self._decode_only
-        sums.add(np.array([1.0, num_prefill_tokens, num_decode_seqs]), seconds, self._forgetting)
+        sums.add([1.0, float(num_prefill_tokens), float(num_decode_seqs)], seconds, self._forgetting)
         self._samples += 1
 
     def fit(self) -> StepTime:
         """The best coefficients so far; zeros before the first step."""
         if self._fitted.samples == self._samples:
             return self._fitted
-        gram = self._with_prefill.gram + self._decode_only.gram
-        moment = self._with_prefill.moment + self._decode_only.moment
-        base, per_prefill_token, per_decode_seq = (float(value) for value in _solve_non_negative(gram, moment))
-        self._fitted = StepTime(base, per_prefill_token, per_decode_seq, self._samples)
+        one, other = self._with_prefill, self._decode_only
+        gram = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(one.gram, other.gram, strict=True)]
+        moment = [a + b for a, b in zip(one.moment, other.moment, strict=True)]
+        self._fitted = StepTime(*_solve_non_negative(gram, moment), self._samples)
         return self._fitted
 
 
-def _solve_non_negative(gram: Vector, moment: Vector) -> Vector:
+def _solve_non_negative(gram: Matrix, moment: Vector) -> tuple[float, float, float]:
     """The x >= 0 with the least x.gram.x - 2 moment.x: gram [3, 3], moment [3] -> [3]."""
-    best, best_loss = np.zeros(SIZE), 0.0
-    for size in range(1, SIZE + 1):
-        for free in combinations(range(SIZE), size):
-            candidate = _solve_free(gram, moment, free)
-            loss = float(candidate @ gram @ candidate - 2.0 * moment @ candidate)
-            if (candidate >= 0.0).all() and loss < best_loss:
-                best, best_loss = candidate, loss
-    return best
+    best, best_loss = [0.0] * SIZE, 0.0
+    for free in SETS:
+        x = _solve_free(gram, moment, free)
+        loss = sum(x[i] * (sum(gram[i][j] * x[j] for j in free) - 2.0 * moment[i]) for i in free)
+        if loss < best_loss and all(x[i] >= 0.0 for i in free):
+            best, best_loss = x, loss
+    return best[0], best[1], best[2]
 
 
-def _solve_free(gram: Vector, moment: Vector, free: tuple[int, ...]) -> Vector:
-    """Least squares in which only the coefficients `free` may differ from 0; the shortest one if several fit."""
-    rows = np.array(free)
-    scale = np.sqrt(np.diag(gram)[rows])
-    scale[scale == 0.0] = 1.0
-    scaled = gram[np.ix_(rows, rows)] / np.outer(scale, scale)
-    solution = np.zeros(SIZE)
-    solution[rows] = np.linalg.lstsq(scaled, moment[rows] / scale, rcond=1e-10)[0] / scale
+def _solve_free(gram: Matrix, moment: Vector, free: tuple[int, ...]) -> Vector:
+    """Least squares in which only the coefficients `free` may differ from 0: elimination on the scaled equations."""
+    scale = [math.sqrt(gram[i][i]) or 1.0 for i in free]
+    rows = [[gram[i][j] / (a * b) for j, b in zip(free, scale, strict=True)] for i, a in zip(free, scale, strict=True)]
+    right = [moment[i] / a for i, a in zip(free, scale, strict=True)]
+    for k, row in enumerate(rows):
+        row[k] = max(row[k], 0.0) + RIDGE
+        for i in range(k + 1, len(rows)):
+            factor = rows[i][k] / row[k]
+            rows[i] = [mine - factor * other for mine, other in zip(rows[i], row, strict=True)]
+            right[i] -= factor * right[k]
+    solution = [0.0] * SIZE
+    for k in reversed(range(len(free))):
+        known = sum(rows[k][j] * solution[free[j]] * scale[j] for j in range(k + 1, len(free)))
+        solution[free[k]] = (right[k] - known) / rows[k][k] / scale[k]
     return solution
