@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
+from baton.engine.kernels import kv_pack
 from baton.engine.kernels.decode_attention import decode_attention
 from baton.engine.kernels.few_linear import few_gated_linear, few_linear
 from baton.engine.kernels.prefill_attention import prefill_attention
@@ -72,18 +73,47 @@ def calls() -> Iterator[Callable[[], object]]:
     yield partial(thin_gated_linear, x[:1], weight, ThinConfig(16, 32, 4, 2))
 
 
-def main() -> None:
-    recording = RecordingDriver()
-    driver.set_active(recording)
+def pack(num_blocks: int) -> None:
+    """Of one layer, whichever it is: the size is not what the launch was settled for."""
+    kv, tables = torch.zeros(3, 2, 600, 16, 2, 8), torch.zeros(4, 600, dtype=torch.int64)
+    layer = num_blocks % 3
+    data = torch.zeros(num_blocks * kv[0, :, 0].nbytes, dtype=torch.uint8)
+    kv_pack.pack(kv, layer, layer + 1, num_blocks, kv_pack.PackTables(*tables), data)
+
+
+def of_other_sizes(recording: RecordingDriver) -> Iterator[list[list[tuple[str, str]]]]:
+    """Chunks by launches that a chunk of another size has settled, and by Triton."""
+    for sizes in ((7, 512), (512, 1), (1, 16)):
+        kv_pack._plan.cache_clear()
+        rounds = []
+        for num_blocks in sizes:
+            recording.launched = []
+            pack(num_blocks)
+        rounds.append(recording.launched)
+        kv_pack._plan.cache_clear()
+        recording.launched = []
+        pack(sizes[-1])
+        yield [*rounds, recording.launched]
+
+
+def again_and_again(recording: RecordingDriver) -> Iterator[list[list[tuple[str, str]]]]:
     for call in calls():
-        rounds: list[list[tuple[str, str]]] = []
+        rounds = []
         for _ in range(3):
             recording.launched = []
             call()
             rounds.append(recording.launched)
+        yield rounds
+
+
+def main() -> None:
+    recording = RecordingDriver()
+    driver.set_active(recording)
+    for rounds in (*again_and_again(recording), *of_other_sizes(recording)):
         first, *others = rounds
         for name, arguments in first:
-            print(json.dumps({"kernel": name, "arguments": arguments, "same": others == [first] * 2}), flush=True)
+            is_same = others == [first] * len(others)
+            print(json.dumps({"kernel": name, "arguments": arguments, "same": is_same}), flush=True)
 
 
 if __name__ == "__main__":

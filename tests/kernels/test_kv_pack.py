@@ -148,5 +148,7 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
         kv_pack.pack(cache, 2, 4, 1, tables, data[:right])
     with pytest.raises(ValueError, match="33 blocks, tables of 32"):
         kv_pack.pack(cache, *LAYERS, 33, tables, data)
+    with pytest.raises(ValueError, match="flat bytes"):
+        kv_pack.pack(cache, *LAYERS, 1, tables, data[:right].view(torch.int32))
     with pytest.raises(ValueError, match="int64"):
         PackTables(tables.block_ids, tables.salts, tables.sums, tables.fingerprints.int())

@@ -12,6 +12,7 @@ costs its thread two launches: what they share is in `PackTables`, which serve o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -29,6 +30,7 @@ from baton.engine.kernels.launch import (
 )
 
 _WORDS_PER_PROGRAM = 1024
+_BLOCKS_TO_FINISH = 256
 _BLOCKS_PER_PROGRAM = 8  # also of fewer: a compiled kernel more would cost far more than the masked turns of a loop
 
 
@@ -143,61 +145,62 @@ def _move(
 ) -> None:
     if not 0 <= layer_start < layer_end <= kv_cache.shape[0]:
         raise ValueError(f"layers [{layer_start}, {layer_end}) of {kv_cache.shape[0]}")
+    if num_blocks > len(tables.block_ids):
+        raise ValueError(f"{num_blocks} blocks, tables of {len(tables.block_ids)}")
+    if segment.dtype != torch.uint8 or segment.dim() != 1 or not segment.is_contiguous():
+        raise ValueError(f"the segment must be flat bytes, got {segment.dtype} {tuple(segment.shape)}")
+    address = segment.data_ptr()
+    if address % 4:
+        raise ValueError("the segment must start at a multiple of 4 bytes")
+    cache, num_planes = kv_cache[layer_start:], 2 * (layer_end - layer_start)
+    plan = _plan(
+        cache.get_device(), signature(kv_cache), cache.data_ptr() & 15, tables.layout, address & 15, to_segment
+    )
+    expected = num_planes * num_blocks * plan.plane_words * 4
+    if len(segment) != expected:
+        raise ValueError(f"the segment must be {expected} bytes, got {len(segment)}")
     if num_blocks == 0:
         return
-    layers = kv_cache[layer_start:]
-    move, finish = _plan(
-        kv_cache.get_device(),
-        signature(layers),
-        layer_end - layer_start,
-        num_blocks,
-        tables.layout,
-        signature(segment),
-        to_segment,
-    )
-    move(layers.view(torch.int32), segment.view(torch.int32), tables.block_ids, tables.sums)
-    finish(tables.sums, tables.salts, tables.fingerprints)
+    grid = (plan.programs_per_plane, num_planes, cdiv(num_blocks, _BLOCKS_PER_PROGRAM))
+    words = (cache.view(torch.int32), segment.view(torch.int32))
+    plan.move.sized(grid, (num_blocks, *plan.strides), *words, tables.block_ids, tables.sums)
+    programs = (cdiv(num_blocks, _BLOCKS_TO_FINISH), 1, 1)
+    plan.finish.sized(programs, (num_blocks,), tables.sums, tables.salts, tables.fingerprints)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What segments of one cache share, whatever their layers and blocks: chunks come in a thousand sizes.
+
+    `strides`: 32-bit words from layer to layer of the cache, and from its K to its V.
+    """
+
+    move: Launch
+    finish: Launch
+    plane_words: int
+    programs_per_plane: int
+    strides: tuple[int, int]
 
 
 @lru_cache(NUM_PLANS)
 def _plan(
-    device: int,
-    cache: Signature,
-    num_layers: int,
-    num_blocks: int,
-    tables: tuple[Signature, ...],
-    segment: Signature,
-    to_segment: bool,
-) -> tuple[Launch, Launch]:
-    """Of the kernel that moves and of the one that finishes the fingerprints."""
-    del device
-    plane = _words_per_plane(cache, num_layers, num_blocks, tables, segment)
-    words = min(_WORDS_PER_PROGRAM, next_power_of_2(plane))
-    grid = (cdiv(plane, words), 2 * num_layers, cdiv(num_blocks, _BLOCKS_PER_PROGRAM))
-    num_cache_blocks = cache[0][2]
-    numbers = (num_blocks, 2 * num_cache_blocks * plane, num_cache_blocks * plane)
-    constants = {"PLANE": plane, "WORDS": words, "BLOCKS": _BLOCKS_PER_PROGRAM, "PACK": to_segment}
-    return (
-        Launch(move_blocks_kernel, grid, numbers, constants, num_warps=4),
-        Launch(finish_fingerprints_kernel, (cdiv(num_blocks, 256),), (num_blocks,), {"BLOCK": 256}, num_warps=4),
-    )
-
-
-def _words_per_plane(
-    cache: Signature, num_layers: int, num_blocks: int, tables: tuple[Signature, ...], segment: Signature
-) -> int:
-    """32-bit words of one block in one K or V plane; ValueError if the arguments do not fit together."""
+    device: int, cache: Signature, offset: int, tables: tuple[Signature, ...], segment_offset: int, to_segment: bool
+) -> _Plan:
+    """The offsets are how far the first layer and the segment are from a multiple of 16 bytes."""
+    del device, offset, tables, segment_offset
     shape, strides, dtype, _ = cache
     if len(shape) != 6 or shape[1] != 2 or not is_packed(shape, strides):
         raise ValueError("kv_cache must be contiguous [layers, 2, blocks, block_size, num_kv_heads, head_dim]")
-    if num_blocks > tables[0][0][0]:
-        raise ValueError(f"{num_blocks} blocks, tables of {tables[0][0][0]}")
     plane_bytes = shape[3] * shape[4] * shape[5] * dtype.itemsize
     if plane_bytes % 4:
         raise ValueError(f"a block's {plane_bytes} bytes of K are no multiple of 4")
-    expected = 2 * num_layers * num_blocks * plane_bytes
-    if segment[2] != torch.uint8 or segment[0] != (expected,) or not is_packed(*segment[:2]):
-        raise ValueError(f"the segment must be {expected} bytes, got {segment[2]} {tuple(segment[0])}")
-    if segment[3] % 4:
-        raise ValueError("the segment must start at a multiple of 4 bytes")
-    return plane_bytes // 4
+    plane = plane_bytes // 4
+    words = min(_WORDS_PER_PROGRAM, next_power_of_2(plane))
+    constants = {"PLANE": plane, "WORDS": words, "BLOCKS": _BLOCKS_PER_PROGRAM, "PACK": to_segment}
+    return _Plan(
+        Launch(move_blocks_kernel, (), (), constants, num_warps=4),
+        Launch(finish_fingerprints_kernel, (), (), {"BLOCK": _BLOCKS_TO_FINISH}, num_warps=4),
+        plane,
+        cdiv(plane, words),
+        (2 * shape[2] * plane, shape[2] * plane),
+    )

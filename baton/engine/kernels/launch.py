@@ -48,12 +48,14 @@ def next_power_of_2(n: int) -> int:
 class Launch:
     """A kernel, its grid, and all of its arguments but the tensors, which come first among its parameters.
 
+    Grid and numbers may also be given with each call (`sized`), where they are no part of what the kernel is compiled
+    for: integers that it does not specialize on.
     The kernel is compiled, or found, by the first call. Tensors of later calls must have the signatures of the first
     one's and be on its device. `options`: num_warps and the like. Legal in a CUDA graph from the second call on.
     Triton's hooks around launches, which profilers may set, hear of the first call only.
     """
 
-    __slots__ = ("_constants", "_grid", "_head", "_kernel", "_numbers", "_options", "_run", "_tail")
+    __slots__ = ("_constants", "_grid", "_head", "_kernel", "_numbers", "_options", "_run", "_tail", "_values")
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class Launch:
         self._options = options
         self._run: Callable[..., object] | None = None
         self._head: tuple[object, ...] = ()
+        self._values: tuple[object, ...] = ()
         self._tail: tuple[object, ...] = ()
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
@@ -78,10 +81,25 @@ class Launch:
             stream = driver.active.get_current_stream(driver.active.get_current_device())
             self._run(*self._grid, stream, *self._head, *tensors, *self._tail)
             return
-        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants, **self._options)
+        self._settle(self._grid, self._numbers, tensors)
+
+    def sized(self, grid: tuple[int, int, int], numbers: tuple[int, ...], *tensors: torch.Tensor) -> None:
+        """With this grid and these numbers, as many as were given at first."""
+        if self._run is not None:
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            self._run(*grid, stream, *self._head, *tensors, *numbers, *self._values)
+            return
+        self._settle(grid, numbers, tensors)
+
+    def _settle(
+        self, grid: tuple[int, ...], numbers: tuple[float, ...], tensors: tuple[torch.Tensor | None, ...]
+    ) -> None:
+        """Launch by Triton's own way, and keep what it found."""
+        compiled = self._kernel[grid](*tensors, *numbers, **self._constants, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
-            names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
-            self._tail = (*self._numbers, *(self._constants[name] for name in names))
+            names = self._kernel.arg_names[len(tensors) + len(numbers) :]
+            self._values = tuple(self._constants[name] for name in names)
+            self._tail = (*self._numbers, *self._values)
             run = compiled.run  # which loads the kernel, so it comes first
             self._head = (compiled.function, compiled.packed_metadata, None, None, None)
             self._run = run  # last: another thread may call this now
