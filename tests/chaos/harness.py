@@ -22,6 +22,7 @@ from tests.support.oracle import GreedyOracle
 
 WAIT_S = 30.0
 COMPLETE_S = 60.0
+IDLE_S = 1.0  # of a connection that is used again: the server closes one at 5 s, and a request must not meet that
 
 
 def job(prompt_length: int, max_tokens: int, seed: int = 0, temperature: float = 0.0) -> Job:
@@ -71,7 +72,8 @@ class Harness:
     http: httpx.AsyncClient = field(init=False)
 
     def __post_init__(self) -> None:
-        self.http = httpx.AsyncClient(base_url=self.cluster.url, timeout=10.0)
+        limits = httpx.Limits(keepalive_expiry=IDLE_S)
+        self.http = httpx.AsyncClient(base_url=self.cluster.url, timeout=10.0, limits=limits)
 
     def start(self, job: Job) -> Running:
         stream = Stream(job, time.monotonic())
