@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PART := .ci/part
 PYTEST := $(BIN)/pytest -q --durations=5 --durations-min=5
-# Byte code is written where it is first used: compiling all of torch and Ray takes longer than it saves.
+# Byte code is written where it is first used: compiling all of torch and Ray takes longer than it saves. Written it must
+# be, whatever the environment says: the tests start hundreds of processes, each of which would compile its imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install -q --no-compile
 
 .PHONY: demo test protos clean lint types imports protos-fresh unit kernels transfer sampling explorer explorer-deep cluster chaos clients
@@ -11,16 +13,32 @@ INSTALL := -m pip install -q --no-compile
 demo: .venv/.runtime
 	$(BIN)/baton demo
 
-# What needs one core runs two at a time; what starts clusters has the machine to itself.
+# What starts clusters or watches a clock comes in the order of IN_FRONT, at most two at a time and clusters one at a time.
+# What only computes, and the installation of the clients, fills the time that is left, at the lowest priority.
+IN_FRONT := chaos cluster unit transfer sampling clients
+BEHIND := lint imports protos-fresh types kernels explorer
+ifdef ALL
+YIELDING := --behind
+PATIENT := -o timeout=900 -o faulthandler_timeout=880
+cluster: | chaos
+unit transfer: | cluster
+sampling: | transfer
+clients: | sampling
+imports: | lint
+protos-fresh: | imports
+types: | protos-fresh
+kernels: | types
+explorer: | kernels
+endif
+
 test: .venv/.dev
 	@$(PART) --begin
-	@$(MAKE) --no-print-directory -j2 --output-sync=target explorer unit kernels types transfer sampling lint imports protos-fresh
-	@$(MAKE) --no-print-directory cluster chaos clients
+	@$(MAKE) --no-print-directory -j4 --output-sync=target ALL=1 $(IN_FRONT) .venv-clients/.installed $(BEHIND)
 	@$(PART) --summary
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Baton needs CPython 3.11 or newer, $$($(PYTHON) --version) found; set PYTHON=python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --upgrade-deps .venv
 
 .venv/.runtime: .venv/bin/python pyproject.toml
 	$(BIN)/python $(INSTALL) -e .
@@ -30,24 +48,24 @@ test: .venv/.dev
 	$(BIN)/python $(INSTALL) -e .[dev]
 	@touch $@ .venv/.runtime
 
-# Each part prints what it took of its budget in seconds on two cores; they add up to more than it takes, since half of them run side by side.
+# Each part prints what it took of its budget in seconds on two cores; they add up to more than it takes, since they run side by side.
 lint: .venv/.dev
-	@$(PART) lint 30 sh -c '$(BIN)/ruff check . && $(BIN)/ruff format --check .'
+	@$(PART) $(YIELDING) lint 60 sh -c '$(BIN)/ruff check . && $(BIN)/ruff format --check .'
 
 types: .venv/.dev
-	@$(PART) types 120 $(BIN)/mypy
+	@$(PART) $(YIELDING) types 200 $(BIN)/mypy
 
 imports: .venv/.dev
-	@$(PART) imports 30 $(BIN)/lint-imports
+	@$(PART) $(YIELDING) imports 60 $(BIN)/lint-imports
 
 protos-fresh: .venv/.dev
-	@$(PART) protos-fresh 20 $(BIN)/python protos/generate.py --check
+	@$(PART) $(YIELDING) protos-fresh 60 $(BIN)/python protos/generate.py --check
 
 unit: .venv/.dev
 	@$(PART) unit 420 $(PYTEST) tests/unit
 
 kernels: .venv/.dev
-	@$(PART) kernels 180 $(PYTEST) tests/kernels
+	@$(PART) $(YIELDING) kernels 300 $(PYTEST) $(PATIENT) tests/kernels
 
 transfer: .venv/.dev
 	@$(PART) transfer 150 $(PYTEST) tests/transfer --ignore=tests/transfer/test_mutants.py --ignore-glob=*/test_explorer* 
@@ -56,7 +74,7 @@ sampling: .venv/.dev
 	@$(PART) sampling 60 $(PYTEST) tests/sampling
 
 explorer: .venv/.dev
-	@$(PART) explorer 400 $(PYTEST) -s -m 'not slow' tests/transfer/test_explorer.py tests/transfer/test_explorer_reduction.py tests/transfer/test_mutants.py
+	@$(PART) $(YIELDING) explorer 500 $(PYTEST) $(PATIENT) -s -m 'not slow' tests/transfer/test_explorer.py tests/transfer/test_explorer_reduction.py tests/transfer/test_mutants.py
 
 cluster: .venv/.dev
 	@$(PART) cluster 240 $(PYTEST) tests/cluster
@@ -66,8 +84,8 @@ chaos: .venv/.dev
 
 # Clients whose requirements exclude the server's live in an environment of their own (1.2 GB, most of it lm-eval's).
 .venv-clients/.installed: .venv/bin/python tests/clients/requirements.txt
-	$(BIN)/python -m venv .venv-clients
-	.venv-clients/bin/python $(INSTALL) -r tests/clients/requirements.txt
+	$(BIN)/python -m venv --upgrade-deps .venv-clients
+	@$(PART) $(YIELDING) clients-setup 200 .venv-clients/bin/python $(INSTALL) -r tests/clients/requirements.txt
 	@touch $@
 
 clients: .venv/.dev .venv-clients/.installed
