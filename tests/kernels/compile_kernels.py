@@ -41,7 +41,7 @@ POINTERS = {
     **dict.fromkeys(("fingerprints_ptr", "records_ptr", "draws_ptr", "input_ids_ptr"), "*i64"),
     "tables_ptr": "*i32",
     **dict.fromkeys(("cu_seqlens_q_ptr", "context_lens_ptr", "block_tables_ptr"), "*i32"),
-    **dict.fromkeys(("limit_ptr", "last_token_ptr", "list_ptr", "best_token_ptr", "segment_ptr"), "*i32"),
+    **dict.fromkeys(("limit_ptr", "last_token_ptr", "best_token_ptr", "segment_ptr"), "*i32"),
     **dict.fromkeys(("positions_ptr", "slot_mapping_ptr", "block_ids_ptr", "sums_ptr", "salts_ptr"), "*i64"),
     **dict.fromkeys(("top_k_ptr", "seed_ptr", "choice_ptr", "position_ptr", "token_ptr"), "*i64"),
     **dict.fromkeys(("partial_ptr", "lse_ptr", "cos_sin_ptr", "maxima_ptr", "temperature_ptr", "top_p_ptr"), "*fp32"),
@@ -126,7 +126,7 @@ def small_kernels(dtype: str, *, every_path: bool = False) -> Iterator[Variant]:
     vocab, parts = {"VOCAB_SIZE": 128256}, {"NUM_PARTS": 32, "PARTS_PAD": 32}
     tiles = {"TILE": sampling.TILE, "TILES": sampling.TILES_PER_PROGRAM}
     yield Variant(row_max_kernel, {**vocab, **tiles}, dtype)
-    limits = {**vocab, **parts, "CAPACITY": sampling.LIST_CAPACITY, "TILE": sampling.LIMIT_TILE}
+    limits = {**vocab, **parts, "TILE": sampling.LIMIT_TILE}
     yield Variant(limits_kernel, limits, dtype, num_warps=sampling.LIMIT_WARPS)
     yield Variant(race_kernel, {**vocab, **parts, **tiles}, dtype)
     yield Variant(winner_kernel, parts, dtype, num_warps=1)

@@ -17,7 +17,6 @@ from baton.engine.kernels.sampling_limits import limits_kernel, load_distances, 
 TILE = 1024
 LIMIT_TILE = 2048
 LIMIT_WARPS = 16
-LIST_CAPACITY = 4096
 TILES_PER_PROGRAM = 4
 
 
@@ -150,7 +149,6 @@ def sample(
     best_value = torch.empty((num_rows, parts), dtype=torch.float64, device=device)
     best_token = torch.empty((num_rows, parts), dtype=torch.int32, device=device)
     limit, last_token = torch.empty((2, num_rows), dtype=torch.int32, device=device)
-    listed = torch.empty((num_rows, LIST_CAPACITY), dtype=torch.int32, device=device)
     stride, size = logits.stride(0), {"NUM_PARTS": parts, "PARTS_PAD": parts_pad}
     tiles = {"VOCAB_SIZE": vocab_size, "TILE": TILE, "TILES": TILES_PER_PROGRAM}
     row_max_kernel[(num_rows, parts)](logits, maxima, stride, **tiles)
@@ -163,11 +161,8 @@ def sample(
         max_distance,
         limit,
         last_token,
-        listed,
         stride,
-        listed.stride(0),
         vocab_size,
-        CAPACITY=LIST_CAPACITY,
         TILE=LIMIT_TILE,
         **size,
         num_warps=LIMIT_WARPS,
