@@ -24,7 +24,8 @@ def load_distances(logits_row, token, row_max, temperature, VOCAB_SIZE: tl.const
 @triton.jit
 def load_row_max(maxima_row, NUM_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr):
     part = tl.arange(0, PARTS_PAD)
-    return tl.max(tl.load(maxima_row + part, mask=part < NUM_PARTS, other=float("-inf")))
+    row_max = tl.max(tl.load(maxima_row + part, mask=part < NUM_PARTS, other=float("-inf")))
+    return row_max + 0.0  # not -0.0, from which a 0.0 would be at a distance of -0.0
 
 
 @triton.jit
