@@ -96,6 +96,7 @@ def check_aliases(state: PrefillState | DecodeState) -> None:
 def check_deadlines(world: Any, workers: Iterable[int]) -> None:
     """No lease or attempt outlives the deadline that its first command brought, whatever is heard later."""
     for worker in workers:
-        first, state = dict(world.engine(worker).deadlines), world.state(worker)
-        for holder in state.holders.values():
-            require(holder.deadline <= first[holder.key], f"I3: the deadline of {holder.key} was put off")
+        first = dict(world.engine(worker).deadlines)
+        for holder in world.state(worker).holders.values():
+            if holder.deadline > first[holder.key]:
+                raise Violation(f"I3: the deadline of {holder.key} was put off")

@@ -7,6 +7,7 @@ step must do the same as without it and leave it as it is. With that, worlds may
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 from kv_transfer.decode_state import DecodeState, Lease, LeasePhase, RecvFlight, RecvLink, RecvStage
@@ -44,25 +45,37 @@ def companies(state: State) -> Iterator[Callable[[Any], Any]]:
         yield lambda other: _with_decode(other, DYING_RECEIVER, LeasePhase.DRAINING)
 
 
+@cache
 def _key(number: int) -> AttemptKey:
     return AttemptKey("stranger", number)
 
 
+@cache
+def _attempt(number: int, name: LeaseKey, phase: Phase, queues: bool = False) -> Attempt:
+    if queues:
+        return Attempt(_key(number), STRANGER, name, FAR, phase, num_chunks=3, queue=(QUEUED,))
+    return Attempt(_key(number), STRANGER, name, FAR, phase)
+
+
+@cache
+def _lease(phase: LeasePhase) -> Lease:
+    return Lease(NUMBER, _key(0), STRANGER, 1, FAR, phase, name=LeaseKey(NUMBER, 1), num_blocks=1)
+
+
 def _with_prefill(state: PrefillState, link: SendLink, names: list[LeaseKey], phase: Phase) -> PrefillState:
     attempts, aliases, waiting = state.attempts, state.aliases, state.waiting
+    queues = phase is Phase.STREAMING
     for number, name in enumerate(names):
-        attempts = attempts.set(_key(number), Attempt(_key(number), STRANGER, name, FAR, phase))
+        attempts = attempts.set(_key(number), _attempt(number, name, phase, queues and number == 0))
         aliases = aliases.set((STRANGER, name), _key(number))
-    if phase is Phase.STREAMING:
-        first = Attempt(_key(0), STRANGER, names[0], FAR, phase, num_chunks=3, queue=(QUEUED,))
-        attempts, waiting = attempts.set(_key(0), first), waiting.set(STRANGER, (_key(0),))
+    if queues:
+        waiting = waiting.set(STRANGER, (_key(0),))
     links = state.links.set(STRANGER, link)
     return state._replace(links=links, attempts=attempts, aliases=aliases, waiting=waiting)
 
 
 def _with_decode(state: DecodeState, link: RecvLink, phase: LeasePhase) -> DecodeState:
-    lease = Lease(NUMBER, _key(0), STRANGER, 1, FAR, phase, name=LeaseKey(NUMBER, 1), num_blocks=1)
-    links, leases = state.links.set(STRANGER, link), state.leases.set(NUMBER, lease)
+    links, leases = state.links.set(STRANGER, link), state.leases.set(NUMBER, _lease(phase))
     return state._replace(links=links, leases=leases, aliases=state.aliases.set(_key(0), NUMBER))
 
 

@@ -16,7 +16,7 @@ from tests.transfer.explorer.parts import Violation
 from tests.transfer.explorer.plans import STRIKES
 from tests.transfer.explorer.slices import Slices
 from tests.transfer.explorer.steps import carry_out
-from tests.transfer.explorer.world import FIRST_WORKER, PER_WORKER, Model
+from tests.transfer.explorer.world import PROTO, Model
 
 
 class Effects:
@@ -26,6 +26,7 @@ class Effects:
         self.model = model
         self.frame = Frame(model, slices) if model.comes_apart else None
         self._calls: dict[tuple[Any, ...], Call] = {}
+        self._worker_at = {model.slot(worker, PROTO): worker for worker in range(model.num_workers)}
 
     def take(self, key: Key, move: Move) -> Key:
         """The key after a move. Raises Violation."""
@@ -47,14 +48,13 @@ class Effects:
     def _carry_out(self, key: Key, move: Move) -> Effect:
         world = self.model.world(key)
         carry_out(world, move.step)
-        after = world.key()
-        changes = differences(key, after)
-        changed = {slot for slot, _ in changes}
-        touched = {(slot - FIRST_WORKER) // PER_WORKER for slot in changed & self.model.proto_slots}
-        check_deadlines(world, touched)
-        require(changed <= set(move.footprint), f"{move.name} reaches beyond its pair: slots {changed}")
+        changes = world.changes()
+        beyond = [slot for slot, _ in changes if slot not in move.footprint]
+        if beyond:
+            raise Violation(f"{move.name} reaches beyond its pair: slots {beyond}")
+        check_deadlines(world, [self._worker_at[slot] for slot, _ in changes if slot in self._worker_at])
         if self.frame is not None and move.name not in ("time", *STRIKES):
-            self.frame.check(key, move.step, move.cluster, (after, tuple(world.calls), world.idle))
+            self.frame.check(key, move.step, move.cluster, (world.key(), tuple(world.calls), world.idle))
         effect = Effect(changes, self._found(world.calls), world.idle)
         move.effects[move.pick(key)] = effect
         return effect
@@ -74,7 +74,7 @@ class Effects:
         world = self.model.world(key)
         kind, *details = call.what
         (halves.receive if kind == "half" else router.hear)(world, *details)
-        changes = differences(key, world.key())
+        changes = world.changes()
         reached = self._reach(call.what)
         require(all(slot in reached for slot, _ in changes), f"{call.what[1]} reaches beyond whom it is told")
         heard = call.heard[call.pick(key)] = changes, self._found(world.calls)
@@ -91,8 +91,3 @@ class Effects:
         if what[0] == "half":
             return (what[1],)
         return self.model.told_slots(self.model.request_index[what[2].request_id])
-
-
-def differences(before: Key, after: Key) -> Changes:
-    pairs = enumerate(zip(before, after, strict=True))
-    return tuple([(slot, new) for slot, (old, new) in pairs if new != old])

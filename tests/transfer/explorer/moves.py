@@ -6,11 +6,14 @@ A component's value alone decides which steps start from it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from operator import getitem
 from typing import Any, NamedTuple
 
 from kv_transfer.events import AttemptKey
 from kv_transfer.protocol import next_deadline
 from tests.transfer.explorer import router
+from tests.transfer.explorer.memo import Memo
 from tests.transfer.explorer.move import Key, Move
 from tests.transfer.explorer.parts import (
     Budget,
@@ -38,15 +41,12 @@ class Options(NamedTuple):
     strikes: list[Move]
 
 
-NOTHING = Options([], [], [])
-
-
 class Moves:
     """Owned by one search."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._options: dict[int, list[dict[int, Options]]] = {}  # by the number of epochs, slot and value
+        self._options = Memo(self._tables)  # by the number of epochs, slot and value
         everything = tuple(range(model.size))
         self._times = [Move(("time", worker), everything, 0) for worker in range(model.num_workers)]
 
@@ -59,14 +59,7 @@ class Moves:
         budget: Budget = self.model.values[key[BUDGET]]
         progress: list[Move] = []
         faults: list[Move] = []
-        if max_epochs not in self._options:
-            self._options[max_epochs] = [{} for _ in key]
-        for slot, (number, options) in enumerate(zip(key, self._options[max_epochs], strict=True)):
-            found = options.get(number)
-            if found is None:
-                found = options[number] = self._find(slot, number, max_epochs)
-            if found is NOTHING:
-                continue
+        for found in filter(None, map(getitem, self._options[max_epochs], key)):
             progress += found.progress
             if budget.left:
                 faults += found.faults
@@ -74,11 +67,14 @@ class Moves:
                 faults += [move for move in found.strikes if is_next(self.model, budget, move.name, move.step[1])]
         return progress, faults
 
-    def _find(self, slot: int, number: int, max_epochs: int) -> Options:
+    def _tables(self, max_epochs: int) -> list[Memo[int, Options | None]]:
+        return [Memo(partial(self._find, slot, max_epochs)) for slot in range(self.model.size)]
+
+    def _find(self, slot: int, max_epochs: int, number: int) -> Options | None:
         kinds, planned = self.model.config.kinds, self.model.planned
         moves = list(self._all(slot, self.model.values[number], max_epochs))
         if not moves:
-            return NOTHING
+            return None
         faults = [move for move in moves if move.name in kinds]
         strikes = [move for move in faults if move.name in STRIKES and move.step[1] in planned]
         return Options(

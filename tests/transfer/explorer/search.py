@@ -58,7 +58,7 @@ class Search:
         self.config = config
         self.model = Model(config)
         self.symmetry = Symmetry(self.model)
-        self.numbers: dict[bytes, int] = {}
+        self.seen: set[bytes] = set()
         self.keys: list[bytes] = []
         self.parents = array("l")
         self.slices = Slices(self.model)
@@ -109,8 +109,8 @@ class Search:
 
     def _add(self, key: Key, parent: int) -> None:
         packed = self.layout.pack(*key)
-        if packed not in self.numbers:
-            self.numbers[packed] = len(self.keys)
+        if packed not in self.seen:
+            self.seen.add(packed)
             self.keys.append(packed)
             self.parents.append(parent)
 

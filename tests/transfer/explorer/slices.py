@@ -7,12 +7,15 @@ to each of them alone, and all that is checked is checked of each alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
+from functools import partial
+from operator import getitem
 from typing import Any
 
 from kv_transfer.frozen_map import FrozenMap, FrozenTable
 from kv_transfer.link_events import AttemptKey
 from kv_transfer.prefill_state import PrefillState
+from tests.transfer.explorer.memo import Memo
 from tests.transfer.explorer.move import Key
 from tests.transfer.explorer.parts import (
     Budget,
@@ -35,16 +38,27 @@ class Slices:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.links: Links = frozenset(model.pair_slot(*link) for link in model.config.links)
+        self._links = [model.pair_slot(*link) for link in sorted(model.config.links)]
+        self.links: Links = frozenset(self._links)
         self._links_at = [self._find_links(worker) for worker in range(model.num_workers)]
-        self._known: dict[Links, list[dict[int, int]]] = {}
+        self._projections = Memo(self._projection)
+        self._parts_of = Memo(self._find_parts)
 
     def of(self, key: Key) -> list[Key]:
         """The world, or the parts that it has come apart into."""
-        budget: Budget = self.model.values[key[BUDGET]]
-        alive = frozenset(link for link in self.links if self.model.values[key[link]].made != NEVER)
-        parts = self._together(alive, budget)
-        return [key] if len(parts) < 2 else [self._part(key, budget, links) for links in parts]
+        parts = self._parts_of[tuple([key[slot] for slot in (BUDGET, *self._links)])]
+        return [self._part(key, *part) for part in parts] if len(parts) > 1 else [key]
+
+    def _find_parts(self, numbers: Key) -> list[tuple[Links, int]]:
+        """The links of each part, and its budget, by the numbers of the whole budget and of prefill's halves."""
+        budget: Budget = self.model.values[numbers[0]]
+        halves = zip(self._links, numbers[1:], strict=True)
+        alive = frozenset(link for link, number in halves if self.model.values[number].made != NEVER)
+        return [(links, self._budget(budget, links)) for links in self._together(alive, budget)]
+
+    def _budget(self, budget: Budget, links: Links) -> int:
+        struck = any(links & self.links_at(self.model.workers[name]) for _, name in budget.plan)
+        return self.model.intern(budget if struck else budget._replace(plan=()))
 
     def _together(self, links: Links, budget: Budget) -> list[Links]:
         """Links that a planned fault hits together belong together."""
@@ -62,26 +76,22 @@ class Slices:
         model = self.model
         return frozenset(model.pair_slot(*link) for link in model.config.links if worker in model.ends(*link))
 
-    def _part(self, key: Key, budget: Budget, links: Links) -> Key:
-        struck = any(links & self.links_at(self.model.workers[name]) for _, name in budget.plan)
+    def _part(self, key: Key, links: Links, budget: int) -> Key:
         part = list(self.project(key, links))
-        part[BUDGET] = self.model.intern(budget if struck else budget._replace(plan=()))
+        part[BUDGET] = budget
         return tuple(part)
 
     # ---- projections
 
-    def project(self, key: Iterable[int], links: Links) -> Key:
+    def project(self, key: Key, links: Links) -> Key:
         """What belongs to these links. Everything else looks as if it had never been there."""
-        if links not in self._known:
-            self._known[links] = [{} for _ in range(self.model.size)]
-        projected = []
-        for slot, (number, known) in enumerate(zip(key, self._known[links], strict=True)):
-            image = known.get(number)
-            if image is None:
-                value = self._component(slot, self.model.values[number], links)
-                image = known[number] = self.model.intern(value)
-            projected.append(image)
-        return tuple(projected)
+        return tuple(map(getitem, self._projections[links], key))
+
+    def _projection(self, links: Links) -> list[Memo[int, int]]:
+        return [Memo(partial(self._image, slot, links)) for slot in range(self.model.size)]
+
+    def _image(self, slot: int, links: Links, number: int) -> int:
+        return self.model.intern(self._component(slot, self.model.values[number], links))
 
     def _component(self, slot: int, value: Any, links: Links) -> Any:
         model = self.model

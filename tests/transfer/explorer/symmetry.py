@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from itertools import permutations
+from operator import itemgetter
 from typing import Any
 
 from kv_transfer.frozen_map import FrozenMap, FrozenTable
+from tests.transfer.explorer.memo import Memo
+from tests.transfer.explorer.move import Key
 from tests.transfer.explorer.parts import DecodeEngine, PrefillEngine
 from tests.transfer.explorer.world import BUDGET, NEVER, PER_WORKER, Model, epoch_name
 
@@ -42,27 +46,21 @@ class Renaming:
                 for number in range(1, MAX_EPOCH):
                     old_name = epoch_name(model, prefill, decode, number)
                     self.names[old_name] = epoch_name(model, new_prefill, new_decode, number)
-        self._known: dict[int, int] = {}
+        self._pick: Callable[[Key], Key] = itemgetter(*self.source)
+        images = Memo[int, int](lambda number: model.intern(self._component(model.values[number])))
+        self._image = images.__getitem__
 
-    def _image(self, number: int) -> int:
-        image = self._known.get(number)
-        if image is None:
-            image = self._known[number] = self.model.intern(self._component(self.model.values[number]))
-        return image
-
-    def is_smaller(self, key: tuple[int, ...], best: tuple[int, ...]) -> bool:
+    def is_smaller(self, key: Key, best: Key) -> bool:
         """Whether the renamed key comes before `best`: mostly decided by one of the first slots."""
-        known = self._known
+        image = self._image
         for slot, other in zip(self.source, best, strict=True):
-            image = known.get(key[slot])
-            if image is None:
-                image = self._image(key[slot])
-            if image != other:
-                return image < other
+            number = image(key[slot])
+            if number != other:
+                return number < other
         return False
 
-    def apply(self, key: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple([self._image(key[slot]) for slot in self.source])
+    def apply(self, key: Key) -> Key:
+        return tuple(map(self._image, self._pick(key)))
 
     def _component(self, value: Any) -> Any:
         renamed = self._rename(value)
@@ -107,9 +105,10 @@ class Symmetry:
         self.model = model
         self.group = self._find(frozenset(range(len(model.config.requests))))
         self._links = [model.pair_slot(*link) for link in sorted(model.config.links)]
-        self._of_parts: dict[tuple[bool, ...], list[Renaming]] = {}
+        self._is_there = Memo[int, bool](lambda number: bool(model.values[number].made != NEVER))
+        self._of_parts = Memo(self._find_of_part)
 
-    def canonical(self, key: tuple[int, ...]) -> tuple[int, ...]:
+    def canonical(self, key: Key) -> Key:
         """The smallest of a key's names."""
         best = key
         for renaming in self._group_of(key):
@@ -117,18 +116,18 @@ class Symmetry:
                 best = renaming.apply(key)
         return best
 
-    def _group_of(self, key: tuple[int, ...]) -> list[Renaming]:
+    def _group_of(self, key: Key) -> list[Renaming]:
         """A part of a world may look like another part, once which faults are planned and which not is over."""
         values = self.model.values
         if not self.model.comes_apart or values[key[BUDGET]].left:
             return self.group
-        present = tuple([values[key[link]].made != NEVER for link in self._links])
-        if present not in self._of_parts:
-            here = {link for link, there in zip(self._links, present, strict=True) if there}
-            requests = enumerate(self.model.config.requests)
-            kept = (index for index, spec in requests if self.model.pair_slot(spec.prefill, spec.decode) in here)
-            self._of_parts[present] = self._find(frozenset(kept))
-        return self._of_parts[present]
+        return self._of_parts[tuple([self._is_there[key[link]] for link in self._links])]
+
+    def _find_of_part(self, present: tuple[bool, ...]) -> list[Renaming]:
+        here = {link for link, there in zip(self._links, present, strict=True) if there}
+        requests = enumerate(self.model.config.requests)
+        kept = (index for index, spec in requests if self.model.pair_slot(spec.prefill, spec.decode) in here)
+        return self._find(frozenset(kept))
 
     def _find(self, kept: frozenset[int]) -> list[Renaming]:
         """All but the identity that make of each request in `kept` one of the configuration."""

@@ -170,9 +170,7 @@ class Model:
         values = [table[number] for number in key]
         for slot in self.proto_slots:
             values[slot] = key[slot]
-        world = World(self, values.copy())
-        world.loaded, world.loaded_key = values, key
-        return world
+        return World(self, values.copy(), values, key)
 
 
 def epoch_name(model: Model, prefill: int, decode: int, number: int) -> str:
@@ -184,20 +182,20 @@ class World:
 
     __slots__ = ("calls", "idle", "landed", "loaded", "loaded_key", "model", "opening", "values")
 
-    def __init__(self, model: Model, values: list[Any]) -> None:
+    def __init__(
+        self, model: Model, values: list[Any], loaded: Sequence[Any] | None = None, loaded_key: Sequence[int] = ()
+    ) -> None:
         self.model = model
         self.values = values
         self.opening = 0  # base of the command in hand
         self.landed: RecvJob | None = None  # the receive whose Received is in hand
         self.idle = True  # no protocol step of this move has changed or asked for anything
         self.calls: list[tuple[Any, ...]] = []  # what the router and other halves are told in this step
-        self.loaded: list[Any] = [None] * len(values)  # what `loaded_key` numbers, so that only changes are interned
-        self.loaded_key: Sequence[int] = ()
+        self.loaded = [None] * len(values) if loaded is None else loaded  # only what differs from it is interned
+        self.loaded_key = loaded_key  # its numbers
 
     def copy(self) -> World:
-        world = World(self.model, self.values.copy())
-        world.loaded, world.loaded_key = self.loaded, self.loaded_key
-        return world
+        return World(self.model, self.values.copy(), self.loaded, self.loaded_key)
 
     def key(self) -> tuple[int, ...]:
         loaded, known, proto, intern = self.loaded, self.loaded_key, self.model.proto_slots, self.model.intern
@@ -207,6 +205,15 @@ class World:
                 for slot, value in enumerate(self.values)
             ]
         )
+
+    def changes(self) -> tuple[tuple[int, int], ...]:
+        """The slots that differ from those of the key that was loaded, and the numbers of their new values."""
+        known, proto, intern = self.loaded_key, self.model.proto_slots, self.model.intern
+        pairs = enumerate(zip(self.values, self.loaded, strict=True))
+        touched = [
+            (slot, value if slot in proto else intern(value)) for slot, (value, old) in pairs if value is not old
+        ]
+        return tuple([(slot, number) for slot, number in touched if number != known[slot]])
 
     @property
     def requests(self) -> list[RouterRequest]:
