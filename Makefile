@@ -14,7 +14,7 @@ demo: .venv/.runtime
 	$(BIN)/baton demo
 
 # What starts clusters or watches a clock comes in the order of IN_FRONT, at most two at a time and clusters one at a time.
-# What only computes, and the installation of the clients, fills the time that is left, at the lowest priority.
+# What only computes, and the installation of the clients, fills the time that is left, at a lower priority.
 IN_FRONT := chaos cluster unit transfer sampling clients
 BEHIND := lint imports protos-fresh types kernels explorer
 ifdef ALL

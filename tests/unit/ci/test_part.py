@@ -49,5 +49,5 @@ def test_a_part_behind_the_others_is_nicer_than_all_of_them(tmp_path: Path) -> N
     with part(tmp_path, ["--behind"], 9, "nice; cat /proc/self/autogroup 2>/dev/null || :") as process:
         output, _ = process.communicate(timeout=WAIT_S)
     _, niceness, *autogroup = output.split("\n")
-    assert niceness == "19"
-    assert autogroup[0] == "" or autogroup[0].endswith(" nice 19")
+    assert niceness == "10"
+    assert autogroup[0] == "" or autogroup[0].endswith(" nice 10")
