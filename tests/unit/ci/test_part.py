@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ PART = Path(__file__).parents[3] / ".ci" / "part"
 WAIT_S = 10.0
 
 
-MODES = ([], ["--behind"])
+MODES: tuple[list[str], ...] = ([], ["--behind"])
 
 
 def part(folder: Path, mode: list[str], budget: int, script: str) -> subprocess.Popen[str]:
@@ -49,5 +50,5 @@ def test_a_part_behind_the_others_is_nicer_than_all_of_them(tmp_path: Path) -> N
     with part(tmp_path, ["--behind"], 9, "nice; cat /proc/self/autogroup 2>/dev/null || :") as process:
         output, _ = process.communicate(timeout=WAIT_S)
     _, niceness, *autogroup = output.split("\n")
-    assert niceness == "10"
+    assert int(niceness) > os.nice(0)
     assert autogroup[0] == "" or autogroup[0].endswith(" nice 10")
