@@ -101,7 +101,7 @@ def test_a_run_on_cpus(tmp_path: Path) -> None:
     out, tokens = tmp_path / "transfer.json", 112
     flags = f"--shape tiny --device cpu --tokens {tokens} --repeats 1 --batch 2 --context 32 --slot-kib 16 --no-plot"
     parts = [flag for part in ("raw", "idle", "batch", "steps", "packing") for flag in ("--part", part)]
-    arguments = ["bench", "transfer", *flags.split(), "--prefill-budget", "32", "--window-s", "0.3", *parts]
+    arguments = ["bench", "transfer", *flags.split(), "--prefill-budget", "32", "--window-s", "0.6", *parts]
     outcome = CliRunner().invoke(app, [*arguments, "--out", str(out)])
     assert outcome.exit_code == 0, outcome.output
     rows = {row["work"]: row for row in json.loads(out.read_text())["rows"]}
