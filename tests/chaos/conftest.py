@@ -50,8 +50,8 @@ async def running_cluster(model: Path, oracle: GreedyOracle) -> AsyncIterator[Ha
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def harness(running_cluster: Harness) -> AsyncIterator[Harness]:
-    """Whole and at rest before every test, and no block or slot in use after it."""
+    """Whole before every test, with all pairs in use, and no block or slot in use after it."""
     await running_cluster.complete()
-    await running_cluster.at_rest(10.0)
+    await running_cluster.trusted()
     yield running_cluster
     await running_cluster.at_rest(10.0)

@@ -1,4 +1,7 @@
-"""`baton chaos --attach` as users call it, against a cluster that runs: disturbed from outside, judged, left."""
+"""`baton chaos --attach` as users call it, against a cluster that runs: disturbed from outside, judged, left.
+
+The plan is benchmarks/chaos/soak.yaml in short: mixed load while workers are killed and clients leave.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,22 @@ from tests.chaos.harness import Harness
 from tests.support.tiny_model import make_tiny_llama
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(150), pytest.mark.asyncio(loop_scope="session")]
-LOAD = {"requests": 30, "duration_s": 4.0, "concurrency": 6, "prompt_tokens": [1, 120], "output_tokens": [4, 32]}
-FAULTS = [{"kind": "kill", "role": "prefill", "at_s": 1.0}, {"kind": "aborts", "clients": 20, "at_s": 2.0}]
+LOAD: dict[str, object] = {
+    "requests": 40,
+    "duration_s": 10.0,
+    "concurrency": 6,
+    "prompt_tokens": [1, 300],
+    "output_tokens": [8, 96],
+    "with_stop": 0.2,
+    "with_logprobs": 0.2,
+    "cancelled": 0.1,
+    "think_s": 0.5,
+}
+FAULTS = [
+    {"kind": "kill", "role": "prefill", "at_s": 1.0},
+    {"kind": "kill", "role": "decode", "at_s": 5.0},
+    {"kind": "aborts", "clients": 50, "at_s": 3.0},
+]
 
 
 async def chaos(plan: Path, *arguments: str) -> tuple[int, str]:
@@ -38,16 +55,16 @@ def written(plan: Path, content: dict[str, Any]) -> Path:
 
 async def test_a_running_cluster_is_disturbed_and_judged(harness: Harness, model: Path, tmp_path: Path) -> None:
     before = {worker.worker_id for worker in await harness.cluster.workers()}
-    plan, out = written(tmp_path / "plan.yaml", {"load": LOAD, "faults": FAULTS}), tmp_path / "out.json"
+    plan, out = written(tmp_path / "plan.yaml", {"seed": 6, "load": LOAD, "faults": FAULTS}), tmp_path / "out.json"
     code, output = await chaos(plan, "--attach", harness.cluster.url, "--model", str(model), "--out", str(out))
     assert code == 0, output
     assert "all invariants held" in output
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["ok"] is True
-    assert result["requests"] >= LOAD["requests"]
-    assert set(result["faults"]) >= {"kill -9 prefill worker", "20 disconnects"}
+    assert result["requests"] >= 40
+    assert set(result["faults"]) >= {"kill -9 prefill worker", "kill -9 decode worker", "50 disconnects"}
     left = {worker.worker_id for worker in await harness.cluster.workers()}
-    assert len(left) == len(before) == len(left & before) + 1, "one worker was killed and came back as another"
+    assert len(left) == len(before) == len(left & before) + 2, "two workers were killed and came back as others"
 
 
 async def test_tokens_of_another_model_are_wrong_and_the_exit_code_says_so(

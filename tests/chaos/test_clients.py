@@ -50,30 +50,27 @@ async def test_clients_that_disconnect_before_their_first_token(harness: Harness
     await harness.check(*harness.start_many(4, 100, 20))
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "param"),
-    [
-        ({"prompt": [1] * 600}, 400, "prompt"),
-        ({"prompt": [1], "max_tokens": 100_000}, 400, "max_tokens"),
-        ({"prompt": [1], "temperature": -1}, 400, "temperature"),
-        ({"prompt": [1], "model": "another"}, 404, "model"),
-        (b'{"prompt": [1', 400, None),
-        (b"[]", 400, None),
-    ],
-    ids=["prompt too long", "max_tokens too large", "bad parameter", "unknown model", "broken JSON", "no object"],
-)
-async def test_a_bad_request_is_answered_at_once(
-    harness: Harness, body: dict[str, object] | bytes, status: int, param: str | None
-) -> None:
-    start = time.monotonic()
-    if isinstance(body, bytes):
-        response = await harness.http.post("/v1/completions", content=body)
-    else:
-        response = await harness.http.post("/v1/completions", json={"model": "tiny", "max_tokens": 4, **body})
-    seconds = time.monotonic() - start
-    print(f"{response.status_code} after {seconds:.3f} s: {response.json()['error']['message']}")
-    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
-    assert seconds < 1.0
-    metrics = (await harness.http.get("/metrics")).text
-    assert "baton_requests_running 0.0" in metrics
-    assert "baton_requests_queued 0.0" in metrics
+BAD_REQUESTS: list[tuple[str, dict[str, object] | bytes, int, str | None]] = [
+    ("prompt too long", {"prompt": [1] * 600}, 400, "prompt"),
+    ("max_tokens too large", {"prompt": [1], "max_tokens": 100_000}, 400, "max_tokens"),
+    ("bad parameter", {"prompt": [1], "temperature": -1}, 400, "temperature"),
+    ("unknown model", {"prompt": [1], "model": "another"}, 404, "model"),
+    ("broken JSON", b'{"prompt": [1', 400, None),
+    ("no object", b"[]", 400, None),
+]
+
+
+async def test_bad_requests_are_answered_at_once(harness: Harness) -> None:
+    for name, body, status, param in BAD_REQUESTS:
+        start = time.monotonic()
+        if isinstance(body, bytes):
+            response = await harness.http.post("/v1/completions", content=body)
+        else:
+            response = await harness.http.post("/v1/completions", json={"model": "tiny", "max_tokens": 4, **body})
+        seconds = time.monotonic() - start
+        print(f"{name}: {response.status_code} after {seconds:.3f} s: {response.json()['error']['message']}")
+        assert (response.status_code, response.json()["error"]["param"]) == (status, param), name
+        assert seconds < 1.0, name
+        metrics = (await harness.http.get("/metrics")).text
+        assert "baton_requests_running 0.0" in metrics, name
+        assert "baton_requests_queued 0.0" in metrics, name

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from baton.demo_model import demo_model_path
@@ -17,15 +18,28 @@ from tests.support.serving import ServeProcess, serve
 
 MODEL = "demo"
 HERE = Path(__file__).parent
+END_S = 30.0
 CLIENTS_PYTHON = HERE.parents[1] / ".venv-clients" / "bin" / "python"
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServeProcess]:
-    """Prompts of some length are handed over, so both paths are used."""
+    """Prompts of some length are handed over, so both paths are used. In the end it is killed, and nothing is left."""
     arguments = ("--prefill", "1", "--decode", "1", "--device", "cpu", "--served-model-name", MODEL)
     with serve(demo_model_path(), *arguments) as started:
         yield started
+        kill(started)
+
+
+def kill(server: ServeProcess) -> None:
+    """Router and driver of the Ray cluster in one process: workers, controller and Ray itself end with it."""
+    running = server.processes()
+    titles = [" ".join(process.cmdline()) for process in running]
+    assert any("DecodeWorker" in title for title in titles), titles
+    server.process.kill()
+    psutil.wait_procs(running, END_S)
+    left = server.processes()
+    assert not left, [process.cmdline() for process in left]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from protos.inference_pb2_grpc import InferenceStub
 from router.registry import Member
 from router.server import Router
 from tests.support.at_rest import wait_at_rest
+from tests.support.http import SHORT_LIVED
 from tests.transfer.handover_cluster import config, worker
 
 if TYPE_CHECKING:
@@ -92,12 +93,16 @@ async def _server(worker_config: BatonConfig, path: str) -> AsyncIterator[Server
     await router.start()
     try:
         async with (
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{router.http_port}", timeout=WAIT_S) as http,
+            httpx.AsyncClient(base_url=_url(router), timeout=WAIT_S, limits=SHORT_LIVED) as http,
             grpc.aio.insecure_channel(f"127.0.0.1:{router.grpc_port}") as channel,
         ):
             yield Server(router, http, InferenceStub(channel), path)
     finally:
         await router.stop()
+
+
+def _url(router: Router) -> str:
+    return f"http://127.0.0.1:{router.http_port}"
 
 
 @dataclass

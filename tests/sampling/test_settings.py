@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -52,35 +53,36 @@ def params(fields: dict[str, Any], **more: Any) -> SamplingParams:
     return SamplingParams(**known, stop_token_ids=stops, logit_bias=tuple(bias.items()))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-async def test_tokens_are_those_of_the_reference(server: Server, oracle: SamplingOracle, name: str) -> None:
-    fields = {**SETTINGS[name], "max_tokens": 40, "seed": 2**63 + 17}
-    token_ids = prompt(45, seed=len(name))
-    content = await server.complete(prompt=token_ids, return_token_ids=True, **fields)
-    (choice,) = content["choices"]
-    output = choice["token_ids"]
-    sampling = params(fields)
-    oracle.check(token_ids, output, sampling)
-    ended = output[-1] in sampling.stop_token_ids and len(output) > sampling.min_tokens
-    assert choice["finish_reason"] == ("stop" if ended else "length")
-    assert choice["stop_reason"] == (output[-1] if ended else None)
-    assert len(output) == 40 or ended
-    assert not set(output[: sampling.min_tokens]) & sampling.stop_token_ids
-    assert content["usage"] == {
-        "prompt_tokens": 45,
-        "completion_tokens": len(output),
-        "total_tokens": 45 + len(output),
-    }
+async def answers(server: Server, seed: int, **prompts: list[int]) -> dict[str, dict[str, Any]]:
+    """40 tokens with each setting, all asked for at once: batches are mixed."""
+    fields = {"max_tokens": 40, "seed": seed, "return_token_ids": True}
+    asked = [server.complete(prompt=prompts[name], **fields, **SETTINGS[name]) for name in SETTINGS]
+    return dict(zip(SETTINGS, await asyncio.gather(*asked), strict=True))
+
+
+async def test_tokens_are_those_of_the_reference(server: Server, oracle: SamplingOracle) -> None:
+    seed, prompts = 2**63 + 17, {name: prompt(45, seed=len(name)) for name in SETTINGS}
+    for name, content in (await answers(server, seed, **prompts)).items():
+        (choice,) = content["choices"]
+        output = choice["token_ids"]
+        sampling = params({**SETTINGS[name], "max_tokens": 40, "seed": seed})
+        oracle.check(prompts[name], output, sampling)
+        ended = output[-1] in sampling.stop_token_ids and len(output) > sampling.min_tokens
+        assert choice["finish_reason"] == ("stop" if ended else "length"), name
+        assert choice["stop_reason"] == (output[-1] if ended else None), name
+        assert len(output) == 40 or ended, name
+        assert not set(output[: sampling.min_tokens]) & sampling.stop_token_ids, name
+        assert content["usage"] == {
+            "prompt_tokens": 45,
+            "completion_tokens": len(output),
+            "total_tokens": 45 + len(output),
+        }, name
 
 
 async def test_settings_change_what_is_drawn(cluster: Live) -> None:
     """So that the table above does not pass because nothing has any effect."""
-    outputs = {}
-    for name, fields in SETTINGS.items():
-        content = await cluster.servers["local"].complete(
-            prompt=prompt(45), max_tokens=40, seed=3, return_token_ids=True, **fields
-        )
-        outputs[name] = tuple(content["choices"][0]["token_ids"])
+    contents = await answers(cluster.servers["local"], 3, **dict.fromkeys(SETTINGS, prompt(45)))
+    outputs = {name: tuple(content["choices"][0]["token_ids"]) for name, content in contents.items()}
     assert len(set(outputs.values())) == len(SETTINGS), outputs
 
 
