@@ -3,83 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from baton.cluster import supervisor as module
-from baton.cluster.controller import ClusterController, WorkerAddress
+from baton.cluster.controller import WorkerAddress
 from baton.cluster.layout import choose_layout
 from baton.cluster.ray_session import ray_session
 from baton.cluster.supervisor import Supervisor
 from baton.common.config import BatonConfig, load_config
 from baton.common.errors import BatonError
-from baton.worker.actor_base import WorkerActor, end_process
+from tests.cluster.flaky import Spell, flaky_controller, flaky_worker
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 WAIT_S = 90.0
-
-
-@dataclass(frozen=True)
-class Spell:
-    """While it is cast, workers cannot be constructed. `hanging`: they do not come up. `on_controller`: nor it."""
-
-    file: Path
-
-    def cast(self) -> None:
-        self.file.touch()
-
-    def lift(self) -> None:
-        self.file.unlink()
-
-    def check(self) -> None:
-        if self.file.exists():
-            raise OSError("the disk is full")
-
-    @property
-    def hanging(self) -> Spell:
-        return Spell(self.file.with_suffix(".hanging"))
-
-    @property
-    def on_controller(self) -> Spell:
-        return Spell(self.file.with_suffix(".controller"))
-
-
-def flaky_worker(spell: Spell) -> type:
-    """A worker that serves nothing and only says where it is."""
-
-    class FlakyWorker(WorkerActor):
-        def __init__(self) -> None:
-            spell.check()
-            super().__init__("decode", [])
-
-        async def start(self, config_json: str) -> dict[str, str]:
-            if spell.hanging.file.exists():
-                await asyncio.Event().wait()
-            return {"worker_id": f"decode-{os.getpid()}", "address": "127.0.0.1:1"}
-
-        async def lose_engine(self) -> None:
-            end_process("the engine is lost")
-
-    return FlakyWorker
-
-
-def flaky_controller(spell: Spell) -> type:
-    class FlakyController(ClusterController):
-        def __init__(self, *args: Any) -> None:
-            spell.on_controller.check()
-            super().__init__(*args)
-
-        async def end(self) -> None:
-            end_process("told to")
-
-    return FlakyController
 
 
 @dataclass
