@@ -31,7 +31,7 @@ kernels: | types
 explorer: | kernels
 endif
 
-test: .venv/.dev
+test: .venv/bin/python
 	@$(PART) --begin
 	@$(MAKE) --no-print-directory -j4 --output-sync=target ALL=1 $(IN_FRONT) .venv-clients/.installed $(BEHIND)
 	@$(PART) --summary
@@ -74,7 +74,7 @@ sampling: .venv/.dev
 	@$(PART) sampling 60 $(PYTEST) tests/sampling
 
 explorer: .venv/.dev
-	@$(PART) $(YIELDING) explorer 500 $(PYTEST) $(PATIENT) -s -m 'not slow' tests/transfer/test_explorer.py tests/transfer/test_explorer_reduction.py tests/transfer/test_mutants.py
+	@$(PART) $(YIELDING) explorer 500 $(PYTEST) $(PATIENT) -s -m 'not slow' tests/transfer/test_mutants.py tests/transfer/test_explorer_reduction.py tests/transfer/test_explorer.py
 
 cluster: .venv/.dev
 	@$(PART) cluster 240 $(PYTEST) tests/cluster

@@ -119,6 +119,8 @@ class DecodeHalf(BaseHalf):
     def _feed(self, event: kv.DecodeEvent) -> None:
         now = self._context.clock.now()
         match event:
+            case kv.PeerConnected():
+                self.timeline.epoch_begun(event.epoch)
             case kv.FromPrefill(message=Chunk() as chunk):
                 self._note_receiving(chunk.lease.lease)
             case kv.FromPrefill(message=Commit() as commit):

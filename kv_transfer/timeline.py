@@ -108,7 +108,7 @@ class Timeline:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[tuple[str, int], ChunkTimes] = {}
-        self._done: dict[str, int] = {}  # chunks whose credits are returned, by epoch
+        self._done: dict[str, int] = {}  # chunks whose credits are returned, by live epoch
         self._leases: dict[int, _OpenLease] = {}
         self._chunks: deque[ChunkTimes] = deque(maxlen=REMEMBERED)
         self._hand_overs: deque[HandOverTimes] = deque(maxlen=REMEMBERED)
@@ -122,10 +122,15 @@ class Timeline:
         with self._lock:
             self._leases[lease] = _OpenLease()
 
+    def epoch_begun(self, epoch: str) -> None:
+        """Nothing is noted of epochs that have not, or that have ended: their streams may be read a little longer."""
+        with self._lock:
+            self._done[epoch] = 0
+
     def announced(self, epoch: str, seq: int, lease: int, num_bytes: int, written_at: float | None, now: float) -> None:
         with self._lock:
-            if seq < self._done.get(epoch, 0) or (epoch, seq) in self._open:
-                return  # told twice
+            if epoch not in self._done or seq < self._done[epoch] or (epoch, seq) in self._open:
+                return  # of an epoch that is over, or told twice
             self._open[epoch, seq] = ChunkTimes(seq, lease, num_bytes, announced_at=now, written_at=written_at)
             of_lease = self._leases.get(lease)
             if of_lease is None:
@@ -164,7 +169,8 @@ class Timeline:
     def done(self, epoch: str, through: int) -> None:
         """Credits of all chunks below `through` are returned. What was received and dropped is forgotten."""
         with self._lock:
-            self._done[epoch] = through
+            if epoch in self._done:
+                self._done[epoch] = through
             for key in [key for key in self._open if key[0] == epoch and key[1] < through]:
                 del self._open[key]
 

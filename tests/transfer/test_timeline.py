@@ -7,8 +7,15 @@ import pytest
 from kv_transfer.timeline import BOUNDS_S, Histogram, Timeline
 
 
-def test_a_hand_over_is_exposed_from_its_last_written_kv_until_it_is_admissible() -> None:
+def _timeline(*epochs: str) -> Timeline:
     timeline = Timeline()
+    for epoch in epochs:
+        timeline.epoch_begun(epoch)
+    return timeline
+
+
+def test_a_hand_over_is_exposed_from_its_last_written_kv_until_it_is_admissible() -> None:
+    timeline = _timeline("e")
     timeline.reserved(7)
     for seq, written_at in ((0, 1.0), (1, 3.0), (2, 2.0)):
         timeline.announced("e", seq, 7, 100, written_at, now=4.0 + seq)
@@ -33,7 +40,7 @@ def test_a_hand_over_is_exposed_from_its_last_written_kv_until_it_is_admissible(
 
 
 def test_without_a_common_clock_nothing_is_called_exposed() -> None:
-    timeline = Timeline()
+    timeline = _timeline("e")
     timeline.reserved(7)
     timeline.announced("e", 0, 7, 100, None, now=4.0)
     timeline.admissible(7, "r", 33, now=7.5)
@@ -42,7 +49,7 @@ def test_without_a_common_clock_nothing_is_called_exposed() -> None:
 
 
 def test_what_has_ended_is_not_kept() -> None:
-    timeline = Timeline()
+    timeline = _timeline("e", "f")
     timeline.reserved(1)
     timeline.lease_ended(1)
     timeline.announced("e", 0, 1, 100, None, now=1.0)
@@ -56,8 +63,18 @@ def test_what_has_ended_is_not_kept() -> None:
     assert timeline._leases == {}
 
 
+def test_what_a_stream_says_after_the_end_of_its_epoch_is_not_kept() -> None:
+    timeline = _timeline("e")
+    timeline.announced("e", 0, 1, 100, None, now=1.0)
+    timeline.epoch_ended("e")
+    timeline.announced("e", 0, 1, 100, None, now=2.0)
+    timeline.announced("e", 1, 1, 100, None, now=2.0)
+    timeline.done("e", 1)
+    assert (timeline._open, timeline._done) == ({}, {})
+
+
 def test_a_chunk_that_is_told_twice_counts_once_and_is_not_kept() -> None:
-    timeline = Timeline()
+    timeline = _timeline("e")
     timeline.reserved(1)
     for _ in range(2):
         timeline.announced("e", 0, 1, 100, None, now=1.0)
@@ -72,7 +89,7 @@ def test_a_chunk_that_is_told_twice_counts_once_and_is_not_kept() -> None:
 
 
 def test_a_chunk_whose_receipt_is_told_twice_counts_once() -> None:
-    timeline = Timeline()
+    timeline = _timeline("e")
     timeline.announced("e", 0, 1, 100, None, now=1.0)
     for now in (2.0, 3.0):
         timeline.received("e", 0, now)
