@@ -54,4 +54,4 @@ async def harness(running_cluster: Harness) -> AsyncIterator[Harness]:
     await running_cluster.complete()
     await running_cluster.trusted()
     yield running_cluster
-    await running_cluster.at_rest(10.0)
+    await running_cluster.at_rest(30.0)

@@ -13,6 +13,7 @@ from tests.chaos.conftest import LEASE_S
 from tests.chaos.harness import Harness, Running, job
 
 MAX_ROUNDS = 12
+STALL_S = 5 * LEASE_S  # a lease ends and one prefill follows; cores may stand still for seconds
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="session")]
 
 
@@ -27,7 +28,7 @@ async def test_a_spoilt_block_is_computed_again(harness: Harness, fault: str) ->
     assert outcomes[0].startswith("failed"), "told by whichever worker's stream is sooner"
     assert "corrupt" in outcomes[0]
     assert outcomes[-1] == "finished"
-    assert stall_s < 3.0
+    assert stall_s < STALL_S
 
 
 async def test_a_few_spoilt_blocks_under_load(harness: Harness) -> None:
@@ -48,9 +49,9 @@ async def test_messages(harness: Harness, settings: dict[str, float]) -> None:
         await harness.check(*streams)
     stall_s = longest_gap(streams)
     print(f"{settings}: {time.monotonic() - start:.1f} s in all, longest stall {stall_s:.2f} s")
-    assert stall_s < 2 * LEASE_S
+    assert stall_s < STALL_S
     await harness.complete()
-    print(f"at rest {await harness.at_rest(LEASE_S + 3.0):.1f} s later")
+    print(f"at rest {await harness.at_rest(LEASE_S + 20.0):.1f} s later")
 
 
 async def test_late_messages_of_the_router_only_delay(harness: Harness) -> None:
@@ -78,7 +79,7 @@ async def test_a_broken_stream_of_the_router_begins_its_requests_elsewhere(harne
                 break
     print(f"{lost} attempts lost in {len(streams)} streams, longest stall {longest_gap(streams):.2f} s")
     assert lost
-    assert longest_gap(streams) < 2 * LEASE_S
+    assert longest_gap(streams) < STALL_S
     print(f"all connected again {await harness.complete():.1f} s later")
 
 

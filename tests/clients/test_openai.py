@@ -137,7 +137,7 @@ def test_many_streams_at_once_and_one_that_is_left(server: ServeProcess) -> None
             async for _ in stream:
                 break
             await stream.close()
-        async with httpx.AsyncClient(base_url=server.url) as http, asyncio.timeout(10):
+        async with httpx.AsyncClient(base_url=server.url) as http, asyncio.timeout(30):
             while (await http.get("/health")).json()["running"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 

@@ -33,7 +33,7 @@ VICTIMS = [Victim(role, death) for death in DEATHS for role in ("prefill", "deco
 # without the commit, so prefill holds blocks for nobody and streams with a first token have to move.
 ON_CPUS = [Victim("prefill", "sending"), Victim("decode", "commit")]
 DTYPES = ["float32", "bfloat16"] if ON_GPUS else ["float32"]
-STALL_S = 3.0 if ON_GPUS else 8.0  # CPUs that other work shares
+STALL_S = 3.0 if ON_GPUS else 20.0  # CPUs that other work shares
 MAX_LEAK_BYTES = 64 << 20
 
 

@@ -15,7 +15,7 @@ import grpc.aio
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 LAYOUT = pb.KVLayout(model_hash="m", dtype="float32", block_size=16, num_layers=2, num_kv_heads=2, head_dim=8)
 
 Script = Callable[["FakeWorker", pb.RouterFrame], None]

@@ -139,7 +139,7 @@ def test_an_operation_without_a_partner_ends_at_its_timeout_and_ends_the_epoch()
         start = time.monotonic()
         with pytest.raises(TransferError, match="recv of 8 bytes"):
             decode.start_recv(torch.zeros(8, dtype=torch.uint8)).wait()
-        assert 0.4 < time.monotonic() - start < 2.0
+        assert 0.4 < time.monotonic() - start < 10.0
         with pytest.raises(TransferError, match="closed"):
             decode.start_recv(torch.zeros(8, dtype=torch.uint8)).wait()
         with pytest.raises(TransferError, match="send of 8 bytes"):
@@ -153,7 +153,7 @@ def test_close_under_a_blocked_receive_ends_both_within_the_operation_timeout() 
             receive.result(0.2)
         start = time.monotonic()
         decode.close()
-        assert time.monotonic() - start < 2.0
+        assert time.monotonic() - start < 10.0
         with pytest.raises(TransferError, match="recv of 8 bytes"):
             receive.result(WAIT_S)
 

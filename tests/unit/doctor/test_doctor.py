@@ -257,7 +257,7 @@ def test_a_pair_that_hangs_is_a_finding() -> None:
     started = time.monotonic()
     found = only(pairs.connections(TWO_LINKED, "127.0.0.1", (), 1.5, "tests.support.hanging_end"))
     assert_wrong(found, "1.5 s", "NCCL_DEBUG")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 def test_a_pair_that_fails_says_why() -> None:

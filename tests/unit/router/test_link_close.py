@@ -9,7 +9,7 @@ from baton.common.clock import MonotonicClock
 from router.worker_link import LinkSettings, WorkerLink
 from router.worker_session import WorkerSession
 
-CLOSE_S = 5.0
+CLOSE_S = 15.0
 
 
 class Nobody:

@@ -97,7 +97,7 @@ async def test_a_silent_worker_is_lost_within_its_deadline_and_attached_again(wo
         workers[0].beats = False
         started = loop.time()
         await served.until(lambda: not served.router.registry.sessions)
-        assert 0.2 < loop.time() - started < 2.0
+        assert 0.2 < loop.time() - started < 10.0
         entry = (await served.http.get("/v1/workers")).json()["workers"][0]
         assert entry["attached"] is False
         assert "no frame for" in entry["error"]

@@ -154,7 +154,7 @@ async def test_a_token_that_overtakes_the_first_keeps_its_report(workers: list[F
         say(decode, key, 1, [21])
         await served.until(lambda: fenced.num_attempts == 1)
         say(prefill, key, 0, [20])
-        await asyncio.wait_for(prefill.next_frame("prefill"), 5)
+        await asyncio.wait_for(prefill.next_frame("prefill"), 30)
         say(decode, key, 2, [22], finish_reason="length")
         (choice,) = (await asking).json()["choices"]
     assert choice["token_ids"] == [20, 21, 22]

@@ -54,7 +54,7 @@ async def test_silence_is_noticed_and_speech_puts_it_off() -> None:
         watch.heard()
     spoken_until = loop.time()
     assert not watching.done()
-    assert "silent" in await asyncio.wait_for(watching, 5)
+    assert "silent" in await asyncio.wait_for(watching, 30)
     assert loop.time() - spoken_until >= 0.17
     assert spoken_until - started > 0.2
 

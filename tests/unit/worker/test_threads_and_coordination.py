@@ -31,7 +31,7 @@ async def test_mail_arrives_in_order_and_on_the_loop() -> None:
 
     sender = threading.Thread(target=send)
     sender.start()
-    await asyncio.wait_for(arrived.wait(), 10)
+    await asyncio.wait_for(arrived.wait(), 30)
     sender.join()
     assert got == [(item, threading.get_ident()) for item in range(1000)]
 
