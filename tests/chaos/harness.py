@@ -72,7 +72,7 @@ class Harness:
     http: httpx.AsyncClient = field(init=False)
 
     def __post_init__(self) -> None:
-        self.http = httpx.AsyncClient(base_url=self.cluster.url, timeout=10.0, limits=SHORT_LIVED)
+        self.http = httpx.AsyncClient(base_url=self.cluster.url, timeout=60.0, limits=SHORT_LIVED)
 
     def start(self, job: Job) -> Running:
         stream = Stream(job, time.monotonic())
