@@ -23,6 +23,7 @@ from router.reader.process import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Settin
 
 _SMALL: Final = 32 * 1024  # bytes up to which a body is read on the event loop, in a few milliseconds
 _MAX_WAITING: Final = 256
+_ENDING_S: Final = 5.0
 _log = logging.getLogger("baton.router")
 
 
@@ -198,13 +199,21 @@ class _Process:
                 (size,) = HEADER.unpack(await process.stdout.readexactly(HEADER.size))
                 return await process.stdout.readexactly(size)
         except TimeoutError:
+            self.kill()
             raise await self._end_of(process, Unavailable) from None
         except (OSError, asyncio.IncompleteReadError):
             raise await self._end_of(process, when_lost) from None
 
     async def _end_of(self, process: asyncio.subprocess.Process, when_lost: type[Unavailable]) -> BatonError:
-        self.kill()
-        exit_code = await process.wait()
+        """Of one that was killed or has closed its pipes, which it does by ending.
+
+        It is not killed while it does: asyncio may then look for its exit code twice and make up the second.
+        """
+        try:
+            exit_code = await asyncio.wait_for(process.wait(), _ENDING_S)
+        except TimeoutError:
+            self.kill()
+            exit_code = await process.wait()
         self._process = None
         if exit_code == -signal.SIGPROF:
             message = f"reading the request, or rendering the chat template, took over {self._limits.cpu_s:g} s of CPU"
