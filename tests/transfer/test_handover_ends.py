@@ -44,6 +44,12 @@ async def test_cancel_amid_the_transfer(connected: Cluster, who: str, held: int)
         await to_prefill.cancel("a")
     if who != "prefill":
         await to_decode.cancel("a")
+    [half] = [half for half in connected.decode._halves if isinstance(half, DecodeHalf)]
+
+    def is_over() -> bool:
+        return all(lease.is_over for lease in half._protocol.state.leases.values())
+
+    await to_decode.until(is_over, "the end of the lease")
     if who == "prefill":
         await to_decode.until(lambda: key in to_decode.failed, "word of the abort at decode")
         assert to_decode.failed[key].code == "aborted"
