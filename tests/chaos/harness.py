@@ -100,12 +100,18 @@ class Harness:
         return record
 
     async def worker_of(self, running: Running, role: str) -> tuple[Worker, int]:
-        """The worker that serves the running attempt, and its process."""
-        attempt = (await self.record(running))["attempts"][-1]
-        worker_id = attempt["prefill_worker" if role == "prefill" else "worker"]
-        [worker] = [worker for worker in await self.cluster.workers() if worker.worker_id == worker_id]
-        assert worker.pid is not None
-        return worker, worker.pid
+        """The worker that serves the running attempt, and its process. It may be given up for a while, as a stream that
+        a machine in want of time has left silent is, and the attempt go on elsewhere.
+        """
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            attempt = (await self.record(running))["attempts"][-1]
+            worker_id = attempt["prefill_worker" if role == "prefill" else "worker"]
+            for worker in await self.cluster.workers():
+                if worker.worker_id == worker_id and worker.pid is not None:
+                    return worker, worker.pid
+            assert time.monotonic() < deadline, f"{worker_id} is not attached"
+            await asyncio.sleep(0.05)
 
     async def attempts(self, running: Running) -> list[str]:
         """Outcomes of all attempts of a request."""

@@ -46,7 +46,7 @@ async def test_prefill_killed_amid_a_transfer(harness: Harness) -> None:
     stall_s = running.stall_after(killed_at)
     outcomes = await harness.attempts(running)
     print(f"stall {stall_s:.2f} s, attempts {outcomes}; whole again {await harness.complete(worker):.1f} s later")
-    assert len(outcomes) == 2
+    assert len(outcomes) >= 2
     assert outcomes[0].startswith("failed")
     assert stall_s < STALL_S
 
