@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from baton.common.config import BatonConfig, EngineConfig, RouterConfig, TransferConfig
 from baton.engine.build import build_engine
@@ -100,6 +101,14 @@ class Cluster:
         rest = await decode.finished(key)
         assert min(decode.tokens[key]) == min(prefill.tokens[key]) + 1
         return first + rest
+
+    def never_stalled(self) -> None:
+        """What the test holds up is not given up, however long the machine takes for all else."""
+        for shell in (self.prefill, self.decode):
+            for half in shell._halves:
+                if isinstance(half, PrefillHalf | DecodeHalf):
+                    protocol: Any = half._protocol
+                    protocol.state = protocol.state._replace(stall_timeout=600.0)
 
     def timeline(self) -> Timeline:
         """What the decode worker measured."""

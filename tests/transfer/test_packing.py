@@ -123,7 +123,7 @@ def test_the_triton_packer_gives_the_same_bits() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=True,
     )
     fingerprints, ok, bad, moved, *others = json.loads(run.stdout)

@@ -23,6 +23,7 @@ from router.registry import Member
 from router.server import Router
 from router.tokenizer import SpecialTokens, Tokenizer
 from tests.support.fake_worker import WAIT_S, FakeWorker
+from tests.support.http import SHORT_LIVED
 
 if TYPE_CHECKING:
     from protos.inference_pb2_grpc import InferenceAsyncStub
@@ -93,7 +94,7 @@ async def serving(clock: Clock | None = None, **overrides: Any) -> AsyncIterator
     try:
         url = f"http://127.0.0.1:{router.http_port}"
         async with (
-            httpx.AsyncClient(base_url=url, timeout=WAIT_S) as http,
+            httpx.AsyncClient(base_url=url, timeout=WAIT_S, limits=SHORT_LIVED) as http,
             grpc.aio.insecure_channel(f"127.0.0.1:{router.grpc_port}") as channel,
         ):
             yield Served(router, http, InferenceStub(channel), tokenizer)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from baton.common.errors import InvalidRequest
 from protos import inference_pb2 as pb
+from router import body_limit, http_protocol
 from router.json_limits import MAX_CONTAINERS, check_structure
 from router.unsupported import UnsupportedFields
 from tests.support.fake_worker import FakeWorker, answer
@@ -195,8 +196,12 @@ async def test_neutral_values_of_unsupported_fields_and_unknown_fields_are_accep
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("size", [4096, 1 << 25])
-async def test_a_body_over_the_limit_is_refused_before_it_is_parsed(chunked: bool, size: int) -> None:
+async def test_a_body_over_the_limit_is_refused_before_it_is_parsed(
+    chunked: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A client that sends all of a large one before it reads sees the answer, too."""
+    monkeypatch.setattr(body_limit, "_DISCARD_S", 60.0)
+    monkeypatch.setattr(http_protocol, "_DISCARD_S", 60.0)
     async with serving(server={"max_body_bytes": 2048}) as served:
         content, piece = b'{"model":"fake","prompt":"' + b"a" * size, max(size // 8, 512)
 

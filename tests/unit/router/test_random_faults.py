@@ -22,7 +22,7 @@ from tests.unit.router.conftest import MODEL, Served, serving
 FAILURES = ("peer_lost", "corrupt", "expired", "aborted", "internal")
 REFUSALS = ("busy", "no_connection", "unknown_lease")
 CLIENTS = 24
-PATIENCE_S = 20.0
+PATIENCE_S = 100.0
 
 
 class Fickle:
