@@ -23,7 +23,7 @@ from router.reader.process import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Settin
 
 _SMALL: Final = 32 * 1024  # bytes up to which a body is read on the event loop, in a few milliseconds
 _MAX_WAITING: Final = 256
-_ENDING_S: Final = 5.0
+_ENDING_S: Final = 5.0  # for which a process that has closed its pipes may live on
 _log = logging.getLogger("baton.router")
 
 

@@ -57,7 +57,7 @@ async def test_messages(harness: Harness, settings: dict[str, float]) -> None:
 async def test_late_messages_of_the_router_only_delay(harness: Harness) -> None:
     """No worker is given up for them. One may be because the machine stands still, but not every time."""
     given_up = []
-    for number in range(MAX_ROUNDS // 2):
+    for number in range(MAX_ROUNDS // 4):
         before, _, _ = await harness.cluster.counts()
         async with harness.injected(router_delay_s=0.05, router_jitter_s=0.3):
             streams = harness.start_many(24, 150, 30, seed=8 + number)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from baton.common.errors import Unavailable
-from router.reader.pool import LostWhileIdle, RequestReader, _Process
+from baton.common.errors import InvalidRequest, Unavailable
+from router.chat_templates import ChatTemplates
+from router.reader import pool
+from router.reader.pool import LostWhileIdle, ReaderLimits, RequestReader, _Process
 
 LARGE = json.dumps({"prompt": "a" * 40_000}).encode()
 
@@ -54,3 +58,28 @@ async def test_what_ends_a_fresh_process_is_not_tried_again(monkeypatch: pytest.
     assert starts == 1
     assert not isinstance(error.value, LostWhileIdle)
     await reader.close()
+
+
+async def test_a_process_that_ends_by_its_limit_is_not_killed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill that meets its end could take the exit code, which says why, from who waits for it."""
+    kills: list[_Process] = []
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    reader = RequestReader(ChatTemplates({"default": loop}, {}), ReaderLimits(cpu_s=0.3), num_processes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Process, "kill", kills.append)
+        with pytest.raises(InvalidRequest, match=r"took over 0\.3 s"):
+            await reader.chat(b'{"messages": [{"role": "user", "content": "x"}]}')
+    assert not kills
+    await reader.close()
+
+
+async def test_a_process_that_closes_its_pipes_and_lives_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_ENDING_S", 0.1)
+    lingering = "import os, signal; os.close(0); os.close(1); signal.pause()"
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", lingering, stdin=pipe, stdout=pipe)
+    process = _Process(ChatTemplates({}, {}), ReaderLimits())
+    process._process = child
+    with pytest.raises(LostWhileIdle, match=f"exit code {-signal.SIGKILL}"):
+        await process.exchange(LARGE)
+    assert process._process is None
