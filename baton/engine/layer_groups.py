@@ -97,3 +97,16 @@ def tapered(num_layers: int, layer_bytes: int, layer_s: float, message_bytes: in
         wanted = sendable if sendable >= 1 else 2 * sizes[-1]
         sizes.append(min(wanted, largest, left))
     return tuple(pairwise(accumulate(reversed(sizes), initial=0)))
+
+
+def cuts_of(num_layers: int) -> tuple[int, ...]:
+    """After how many layers a captured pass over short prompts can tell that they are launched: three groups at most.
+
+    About what `tapered` gives for hundreds of tokens, of which a layer takes a little longer than a message costs.
+    """
+    return tuple(sorted({max(1, num_layers - 1 - num_layers // 6), max(1, num_layers - 1), num_layers}))
+
+
+def coarser(groups: LayerGroups, cuts: tuple[int, ...]) -> LayerGroups:
+    """The groups that are announced instead of `groups` where nothing but the cuts can be told."""
+    return tuple(pairwise((0, *cuts))) if len(groups) > 1 else groups

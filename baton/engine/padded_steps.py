@@ -12,6 +12,7 @@ import torch
 
 from baton.engine.attention.base import AttentionMetadata
 from baton.engine.batch import Batch, ScheduledStep, build_batch
+from baton.engine.models.decoder import AfterLayer
 from baton.engine.padded_layout import Bucket, Buckets, PaddedLayout
 from baton.engine.runner import Runner
 from baton.engine.staging import make_staging
@@ -71,7 +72,7 @@ class PaddedSteps:
         (on_device,) = self._staging.upload((words,))
         self._words[: len(on_device)].copy_(on_device)
 
-    def compute(self, bucket: Bucket) -> torch.Tensor:
+    def compute(self, bucket: Bucket, after_layer: AfterLayer | None = None) -> torch.Tensor:
         """Compute what the buffers say; the first draws become those of the largest logits.
 
         Returns the logits of the rows that are drawn, valid until the next call: [num_draws, vocab_size]. Touches
@@ -94,7 +95,8 @@ class PaddedSteps:
         if bucket.num_decodes:
             decoded = input_ids[: bucket.num_decodes]
             decoded.copy_(runner.known_tokens(decoded, fields.draw_rows))
-        hidden = runner.model.forward(input_ids, fields.positions, runner.kv_cache, meta, runner.backend)
+        positions, cache = fields.positions, runner.kv_cache
+        hidden = runner.model.forward(input_ids, positions, cache, meta, runner.backend, after_layer)
         logits = self._logits[: layout.num_draws]
         logits.copy_(runner.model.logits(hidden[fields.sample_rows]))
         self._greedy(logits, runner.draws[: layout.num_draws])

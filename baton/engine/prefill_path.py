@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Protocol
 
 from baton.engine.batch import Batch, ScheduledStep
+from baton.engine.models.decoder import AfterLayer
 
 
 class PrefillPath(Protocol):
-    """Engine thread, current stream, inference mode. Reads and writes the runner's draws."""
+    """Engine thread, current stream, inference mode. Reads and writes the runner's draws.
+
+    `cuts`: after how many layers, in rising order and at last all, the runner can be told that they are launched.
+    """
+
+    cuts: tuple[int, ...]
 
     def measure(self) -> int:
         """Bytes that `prepare` will take on the device, found by preparing a part. Before `prepare`."""
@@ -22,8 +28,8 @@ class PrefillPath(Protocol):
         """Whether `launch` can run this step."""
         ...
 
-    def launch(self, step: ScheduledStep, batch: Batch) -> int:
+    def launch(self, step: ScheduledStep, batch: Batch, after_layer: AfterLayer) -> int:
         """Start the step, which `batch` lays out; how many tokens it draws. The first rows of the draws hold them when
-        it has run.
+        it has run. `after_layer` is called with the last layer before each of the cuts when all up to it is launched.
         """
         ...

@@ -15,16 +15,16 @@ from baton.engine.attention.base import AttentionBackend, AttentionMetadata
 from baton.engine.batch import Batch, PrefillSegment, ScheduledStep, build_batch
 from baton.engine.decode_path import DecodePath
 from baton.engine.kv_layout import KVLayout
+from baton.engine.layer_groups import LayerGroups, coarser
 from baton.engine.logit_edits import LogitEditor
 from baton.engine.logprobs import MAX_LOGPROB_ROWS, StepLogprobs
-from baton.engine.models.decoder import Decoder
+from baton.engine.models.decoder import AfterLayer, Decoder
 from baton.engine.prefill_path import PrefillPath
 from baton.engine.request import Request
 from baton.engine.sampler import TokenSampler
 from baton.engine.staging import PendingTokens, make_staging, to_device
 from baton.engine.table_mirror import TableMirror
 
-LayerGroups = Sequence[tuple[int, int]]
 OnLayerGroup = Callable[[int, int, "torch.cuda.Event | None"], None]
 
 # What takes a way, or memory, of its own behind the forward pass.
@@ -144,10 +144,8 @@ class Runner:
         batch = build_batch(step, self.layout.block_size, self._tables)
         if self.prefill_path is None or not self.prefill_path.takes(step):
             return self._launch_eagerly(step, batch, groups, on_layer_group, logprobs)
-        num_drawn = self.prefill_path.launch(step, batch)
-        if groups:  # there at once, so in one
-            on_layer_group(groups[0][0], groups[-1][1], self._record_event())
-        return num_drawn
+        groups = coarser(groups, self.prefill_path.cuts)
+        return self.prefill_path.launch(step, batch, self._after_layer(groups, on_layer_group))
 
     def _launch_eagerly(
         self,
@@ -158,8 +156,7 @@ class Runner:
         logprobs: StepLogprobs,
     ) -> int:
         sampled = step.sampled()
-        after_layer = self._after_layer(groups, on_layer_group) if groups else None
-        hidden, logits = self._forward(batch, after_layer)
+        hidden, logits = self._forward(batch, self._after_layer(groups, on_layer_group))
         first_rows = batch.cu_seqlens_q[batch.num_decodes :].tolist()
         logprobs.add_prompts(hidden, list(zip(step.prefills, first_rows, strict=False)), self.model.logits)
         if sampled:
@@ -168,7 +165,7 @@ class Runner:
             logprobs.add_drawn(logits, tokens, sampled)
         return len(sampled)
 
-    def _forward(self, batch: Batch, after_layer: Callable[[int], None] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, batch: Batch, after_layer: AfterLayer | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Last hidden states of all tokens; the model's logits of the sampled ones, if there are any."""
         arrays = (
             batch.input_ids,
@@ -207,7 +204,7 @@ class Runner:
         drawn = self.draws[draw_rows.clamp(min=0)].clamp(min=0)
         return torch.where(draw_rows >= 0, drawn, input_ids)
 
-    def _after_layer(self, groups: LayerGroups, on_layer_group: OnLayerGroup) -> Callable[[int], None]:
+    def _after_layer(self, groups: LayerGroups, on_layer_group: OnLayerGroup) -> AfterLayer:
         start_of_last = {end - 1: start for start, end in groups}
 
         def after_layer(layer: int) -> None:

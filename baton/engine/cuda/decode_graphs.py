@@ -11,7 +11,6 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ import torch
 from baton.engine.attention.base import AttentionMetadata
 from baton.engine.batch import ScheduledStep, draw_row
 from baton.engine.cuda.block_tables import BlockTableRows
-from baton.engine.cuda.graph_pool import Captured, GraphPool
+from baton.engine.cuda.graph_pool import Captured, Compute, GraphPool
 from baton.engine.kernels.decode_inputs import DecodeInputs, decode_inputs
 from baton.engine.kernels.greedy import greedy_tokens
 from baton.engine.request import Request
@@ -58,14 +57,17 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def measure(self) -> int:
-        return self._pool.measure([partial(self._compute, size) for size in self._sizes[:-3:-1]], len(self._sizes))
+        return self._pool.measure([self._capturable(size) for size in self._sizes[:-3:-1]], len(self._sizes))
 
     @torch.inference_mode()
     def prepare(self) -> None:
         started = time.monotonic()
         for size in reversed(self._sizes):
-            self._captured[size] = self._pool.capture(partial(self._compute, size))
+            self._captured[size] = self._pool.capture(self._capturable(size))
         logger.info("%d decode graphs captured in %.1f s", len(self._sizes), time.monotonic() - started)
+
+    def _capturable(self, size: int) -> Compute:
+        return lambda _: self._compute(size)
 
     def _compute(self, size: int) -> torch.Tensor:
         runner, inputs = self._runner, self._inputs
@@ -108,7 +110,7 @@ class DecodeGraphs:
             (on_device,) = self._staging.upload((records,))
         self._records[: 4 * size].copy_(on_device.view(-1))
         captured = self._captured[size]
-        captured.graph.replay()
+        captured.replay()
         if any(request.sampling.temperature > 0 for request in decodes):
             tokens = self._runner.sampler.sample(captured.output[:num_seqs], decodes, records[1, :num_seqs])
             self._runner.draws[:num_seqs].copy_(tokens)
@@ -116,7 +118,7 @@ class DecodeGraphs:
     @torch.inference_mode()
     def replay_last(self) -> None:
         # The input tokens differ, being the draws of the launch itself; the work does not.
-        self._captured[self._last_records.shape[1]].graph.replay()
+        self._captured[self._last_records.shape[1]].replay()
 
     def _records_of(self, decodes: tuple[Request, ...], size: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
         """See `decode_inputs`. A batch that goes on unchanged needs no look at its requests."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,15 +10,30 @@ from typing import Any
 
 import torch
 
-Compute = Callable[[], torch.Tensor]
+Cut = Callable[[], None]
+Compute = Callable[[Cut], torch.Tensor]  # what is launched before and after a call of its argument are two graphs
+
+
+def _uncut() -> None:
+    pass
+
+
+def _on(_: int) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """`output`: what the captured function returned. In the graph's memory, valid until any graph runs again."""
+    """`output`: what the captured function returned. In the graphs' memory, valid until any graph runs again."""
 
-    graph: torch.cuda.CUDAGraph
+    graphs: tuple[torch.cuda.CUDAGraph, ...]
     output: torch.Tensor
+
+    def replay(self, after: Callable[[int], None] = _on) -> None:
+        """Launch all graphs, and call `after` with its index when each is launched."""
+        for index, graph in enumerate(self.graphs):
+            graph.replay()
+            after(index)
 
 
 class GraphPool:
@@ -26,6 +42,7 @@ class GraphPool:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(self, compute: Compute) -> Captured:
         """`compute` runs once before: kernels are compiled and libraries choose theirs, which a capture must not see.
@@ -47,12 +64,27 @@ class GraphPool:
         return max(0, first) + max(0, *others, 0) * (count - 1)
 
     def _capture_into(self, pool: Any, compute: Compute) -> Captured:
-        compute()
+        compute(_uncut)
         torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            output = compute()
-        return Captured(graph, output)
+        gc.collect()
+        torch.cuda.empty_cache()
+        graphs: list[torch.cuda.CUDAGraph] = []
+
+        def begin() -> None:
+            graphs.append(torch.cuda.CUDAGraph())
+            graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
+
+        def cut() -> None:
+            graphs[-1].capture_end()
+            begin()
+
+        with torch.cuda.stream(self._stream):
+            begin()
+            try:
+                output = compute(cut)
+            finally:
+                graphs[-1].capture_end()
+        return Captured(tuple(graphs), output)
 
     def _free_bytes(self) -> int:
         torch.cuda.synchronize(self._device)

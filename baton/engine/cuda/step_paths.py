@@ -21,4 +21,4 @@ def make_step_paths(runner: Runner, config: EngineConfig, max_model_len: int) ->
     if not max_tokens:
         return StepPaths(decode, None)
     steps = PaddedSteps(runner, greedy_tokens, max_tokens, config.max_num_seqs, max_blocks)
-    return StepPaths(decode, PrefillGraphs(steps, pool))
+    return StepPaths(decode, PrefillGraphs(steps, pool, runner.layout.num_layers))

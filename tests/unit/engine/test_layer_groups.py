@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.engine.kv_layout import KVLayout
-from baton.engine.layer_groups import FixedGroups, LinkSpeed, TaperedGroups, tapered
+from baton.engine.layer_groups import FixedGroups, LinkSpeed, TaperedGroups, coarser, cuts_of, tapered
 
 MIB = 1 << 20
 LLAMA = KVLayout("m", "bfloat16", block_size=16, num_layers=32, num_kv_heads=8, head_dim=128)
@@ -79,3 +79,18 @@ def test_a_fixed_number_of_groups_stays() -> None:
     plan.observe(1, 1.0)
     plan.set_link(NVLINK)
     assert sizes(plan.groups(1, 16)) == sizes(plan.groups(1000, 16000)) == [10, 10, 11, 1]
+
+
+@given(st.integers(1, 100))
+def test_a_captured_pass_is_cut_before_its_last_layers_and_at_its_end(num_layers: int) -> None:
+    cuts = cuts_of(num_layers)
+    assert cuts == tuple(sorted(set(cuts)))
+    assert 1 <= cuts[0] <= cuts[-1] == num_layers
+    assert len(cuts) == min(3, num_layers) or num_layers < 6
+
+
+def test_what_is_announced_in_one_stays_so_and_groups_become_those_of_the_cuts() -> None:
+    assert cuts_of(32) == (26, 31, 32)
+    assert coarser((), (26, 31, 32)) == ()
+    assert coarser(((0, 32),), (26, 31, 32)) == ((0, 32),)
+    assert coarser(((0, 10), (10, 20), (20, 31), (31, 32)), (26, 31, 32)) == ((0, 26), (26, 31), (31, 32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from baton.common.sampling import SamplingParams
 from baton.engine.attention import torch_reference
 from baton.engine.batch import Batch, PrefillSegment, ScheduledStep, build_batch
 from baton.engine.build import build_engine
-from baton.engine.cuda.graph_pool import Captured, Compute
+from baton.engine.cuda.graph_pool import Compute
 from baton.engine.cuda.prefill_graphs import PrefillGraphs
+from baton.engine.models.decoder import AfterLayer
 from baton.engine.padded_layout import MAX_PREFILLS, Bucket, Buckets, PaddedLayout
 from baton.engine.padded_steps import PaddedSteps
 from baton.engine.request import Request
@@ -48,17 +51,23 @@ def greedy_tokens(logits: torch.Tensor, out: torch.Tensor) -> None:
 
 
 class Recomputing:
-    """In place of a CUDA graph: replaying calls what was captured."""
+    """In place of `Captured`: replaying calls what was captured."""
 
     def __init__(self, compute: Compute) -> None:
-        self.replay = compute
+        self._compute = compute
+        self.output = compute(lambda: None)
+
+    def replay(self, after: Callable[[int], None]) -> None:
+        index = itertools.count()
+        self._compute(lambda: after(next(index)))
+        after(next(index))
 
 
 class RecomputingPool:
     """In place of a `GraphPool`."""
 
-    def capture(self, compute: Compute) -> Captured:
-        return Captured(Recomputing(compute), compute())  # type: ignore[arg-type]
+    def capture(self, compute: Compute) -> Recomputing:
+        return Recomputing(compute)
 
 
 class Uncaptured(PrefillGraphs):
@@ -66,13 +75,13 @@ class Uncaptured(PrefillGraphs):
 
     def __init__(self, runner: Runner, max_num_seqs: int, max_blocks: int, limit: int = LIMIT) -> None:
         steps = PaddedSteps(runner, greedy_tokens, limit, max_num_seqs, max_blocks)
-        super().__init__(steps, RecomputingPool())  # type: ignore[arg-type]
+        super().__init__(steps, RecomputingPool(), runner.layout.num_layers)  # type: ignore[arg-type]
         self.prepare()
         self.launched: list[tuple[int, int]] = []
         self.logits: list[torch.Tensor] = []
 
-    def launch(self, step: ScheduledStep, batch: Batch) -> int:
-        num_drawn = super().launch(step, batch)
+    def launch(self, step: ScheduledStep, batch: Batch, after_layer: AfterLayer = lambda _: None) -> int:
+        num_drawn = super().launch(step, batch, after_layer)
         self.launched.append((len(step.decodes), step.num_prefill_tokens))
         self.logits.append(self._captured[self._steps.fill(step, batch)].output[:num_drawn].clone())
         return num_drawn
@@ -192,7 +201,7 @@ def test_steps_that_are_computed_otherwise(model_dir: Path) -> None:
         assert not path.takes(ScheduledStep(prefills=(PrefillSegment(request, 0, 9),)))
 
 
-def test_hand_overs_are_announced_behind_the_step(model_dir: Path) -> None:
+def test_hand_overs_are_announced_at_the_cuts(model_dir: Path) -> None:
     def segments_of(harness: Harness) -> list[float]:
         harness.add(greedy("h", random_prompt(70), hand_over=True))
         harness.run()
@@ -208,9 +217,27 @@ def test_hand_overs_are_announced_behind_the_step(model_dir: Path) -> None:
     layers: list[list[tuple[int, int]]] = []
     harness, path = padded_harness(model_dir)
     assert segments_of(harness) == segments_of(make_harness(model_dir))
-    in_one, by_group = layers
-    assert in_one == [(by_group[0][0], by_group[-1][1])], "what is there at once goes at once"
+    at_cuts, by_group = layers
+    assert len(by_group) > 1
+    assert [end for _, end in at_cuts] == [*path.cuts]
     assert path.launched == [(0, 70)]
+
+
+def test_layers_are_told_when_they_are_launched_and_not_behind_the_step(model_dir: Path) -> None:
+    harness, path = padded_harness(model_dir)
+    runner = harness.engine._runner
+    step = make_step([7], [(0, 90)])
+    written: list[tuple[int, list[bool]]] = []
+
+    def after_layer(layer: int) -> None:
+        written.append((layer + 1, [bool((layer_kv != 0.5).any()) for layer_kv in runner.kv_cache]))
+
+    runner.kv_cache.fill_(0.5)
+    with torch.inference_mode():
+        path.launch(step, build_batch(step, 16), after_layer)
+    num_layers = len(runner.kv_cache)
+    assert written == [(cut, [layer < cut for layer in range(num_layers)]) for cut in path.cuts]
+    assert path.cuts[-1] == num_layers > path.cuts[0]
 
 
 def test_buckets_hold_what_they_say() -> None:

@@ -77,7 +77,9 @@ def test_replays_give_what_launching_gives(model_dir: Path, dtype: str) -> None:
         written = runner.kv_cache.clone()
         runner.kv_cache.copy_(before)
         assert path.takes(step)
-        assert path.launch(step, batch) == len(decodes) + len(prefills)
+        told: list[int] = []
+        assert path.launch(step, batch, told.append) == len(decodes) + len(prefills)
+        assert tuple(layer + 1 for layer in told) == path.cuts
         captured = path._captured[path._steps.fill(step, batch)].output[: len(logits)]
         torch.testing.assert_close(captured, logits, rtol=rtol, atol=atol)
         torch.testing.assert_close(runner.kv_cache, written, rtol=rtol, atol=atol)
