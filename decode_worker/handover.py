@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import assert_never
 
-import grpc.aio
-
 from baton.common import events
 from baton.engine.ports import Admission, Refusal, Release, Reservation, Reserve
 from baton.worker.attempts import Attempt
@@ -21,7 +19,7 @@ from baton.worker.pair import Pairs
 from baton.worker.session import engine_id
 from baton.worker.streams import repeat
 from baton.worker.tasks import Tasks
-from decode_worker.transfer_service import TransferService
+from decode_worker.listener import Listener
 from kv_transfer import events as kv
 from kv_transfer.messages import Abort as AbortLease
 from kv_transfer.messages import Chunk, ChunksDone, Commit, Committed
@@ -30,7 +28,6 @@ from kv_transfer.receiver import RecvLink
 from kv_transfer.timeline import Timeline, TransferTotals
 from kv_transfer.wire import decode_frame
 from protos import transfer_pb2, worker_pb2
-from protos.transfer_pb2_grpc import add_TransferServicer_to_server
 
 STOP_TIMEOUT_S = 8.0
 BUSY_RETRY_S = 0.1
@@ -72,20 +69,22 @@ class DecodeHalf(BaseHalf):
         self._pairs: Pairs[transfer_pb2.DecodeFrame, RecvLink] = Pairs(
             self._feed, context.layout, context.device, self._tasks, context.faults
         )
-        self._service = TransferService(context, self._pairs, self._feed, self._mailbox.post, self.timeline)
+        self._listener = Listener(context, self._pairs, self._feed, self._mailbox.post, self.timeline, self._tasks)
+
+    @property
+    def transfer_address(self) -> str:
+        return self._listener.address
 
     async def start(self) -> None:
+        await self._listener.start()
         self._tasks.spawn(repeat(TICK_S, self._tick), "decode half: tick")
 
-    def add_services(self, server: grpc.aio.Server) -> None:
-        add_TransferServicer_to_server(self._service, server)
-
     async def stop(self) -> None:
-        self._service.refuse_new()
+        self._listener.refuse_new()
         await self._pairs.stop("the decode worker stops", STOP_TIMEOUT_S)
         await self._tasks.cancel_all()
         self._mailbox.close()
-        self._service.close()
+        self._listener.close()
 
     def staging_in_use(self) -> int:
         count = counters(self._protocol.state)

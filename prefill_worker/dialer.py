@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import grpc
-import grpc.aio
 from torch.distributed.distributed_c10d import Store
 
 from baton.common.errors import ConfigError
+from baton.worker.frame_stream import FrameStream
 from baton.worker.half import WorkerContext
 from baton.worker.join import ConnectedAhead, join_pair
-from baton.worker.pair import Pair, Pairs, describe
-from baton.worker.streams import CLIENT_OPTIONS
+from baton.worker.pair import Pair, Pairs
 from baton.worker.threads import run_in_thread, start_thread
 from kv_transfer.connection import PREFILL_RANK, PairTransport, TransferError
 from kv_transfer.events import FromDecode
@@ -37,10 +35,11 @@ from kv_transfer.wire import (
     parse_decode_frame,
     prefill_frame,
 )
-from protos import transfer_pb2
-from protos.transfer_pb2_grpc import TransferStub
+from protos.transfer_pb2 import DecodeFrame, PrefillFrame
 
 logger = logging.getLogger(__name__)
+
+Stream = FrameStream[DecodeFrame, PrefillFrame]
 
 
 class PeerRefused(Exception):
@@ -57,7 +56,7 @@ class Dialer:
     def __init__(
         self,
         context: WorkerContext,
-        pairs: Pairs[transfer_pb2.PrefillFrame, SendLink],
+        pairs: Pairs[PrefillFrame, SendLink],
         on_message: Callable[[FromDecode], None],
         on_transfer: Callable[[SendEvent], None],
     ) -> None:
@@ -78,42 +77,47 @@ class Dialer:
 
         `on_lost` is told at once that it has ended. Raises PeerRefused.
         """
-        async with grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS) as channel:
-            call = TransferStub(channel).Connect(None)
-            try:
-                welcome = await self._greet(call, worker_id)
-                staging = await self._pairs.staging(
-                    worker_id, welcome.window, welcome.slot_bytes, welcome.join_when_used
-                )
-                transport = await self._join(call, welcome)
-                link = SendLink(transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer)
-                pair = Pair[transfer_pb2.PrefillFrame, SendLink](
-                    worker_id, welcome.epoch, link, welcome.window, welcome.slot_bytes
-                )
-                return await self._pairs.serve(pair, lambda: self._run(call, pair, on_connected), on_lost)
-            except (PeerUnreachable, TransferError, WireError) as error:
-                return str(error)
-            except ConfigError as error:
-                raise PeerRefused(str(error)) from error
-            except grpc.RpcError as error:
-                return describe(error)
-            except TimeoutError:
-                return f"no answer within {self._timeout_s:g} s"
-            finally:
-                call.cancel()
-                self._pairs.drop_staging(worker_id)
+        stream = Stream(DecodeFrame)
+        try:
+            await self._dial(stream, address)
+            welcome = await self._greet(stream, worker_id)
+            staging = await self._pairs.staging(worker_id, welcome.window, welcome.slot_bytes, welcome.join_when_used)
+            transport = await self._join(stream, welcome)
+            link = SendLink(transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer)
+            pair = Pair[PrefillFrame, SendLink](worker_id, welcome.epoch, link, welcome.window, welcome.slot_bytes)
+            return await self._pairs.serve(pair, lambda: self._run(stream, pair, on_connected), on_lost)
+        except (ConnectionError, PeerUnreachable, TransferError, WireError) as error:
+            return str(error)
+        except ConfigError as error:
+            raise PeerRefused(str(error)) from error
+        except TimeoutError:
+            return f"no answer within {self._timeout_s:g} s"
+        finally:
+            stream.close()
+            self._pairs.drop_staging(worker_id)
 
     def forget(self, worker_id: str) -> None:
         """Nobody wants this peer any more."""
         self._stores.pop(worker_id, None)
         self._ahead.leave(worker_id)
 
-    async def _greet(self, call: Any, worker_id: str) -> Welcome:
+    async def _dial(self, stream: Stream, address: str) -> None:
+        """Raises PeerUnreachable, TimeoutError."""
+        host, _, port = address.rpartition(":")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._context.loop.create_connection(lambda: stream, host, int(port))
+        except (OSError, ValueError) as error:
+            if isinstance(error, TimeoutError):
+                raise
+            raise PeerUnreachable(f"nobody answers at {address!r}: {error}") from error
+
+    async def _greet(self, stream: Stream, worker_id: str) -> Welcome:
         when_used = not self._ahead.enter(worker_id)
         hello = Hello(self._context.worker_id, self._context.layout, clock_domain(), when_used)
         async with asyncio.timeout(self._timeout_s):
-            await call.write(prefill_frame(hello))
-            answer = await _read(call)
+            await stream.write(prefill_frame(hello))
+            answer = await _read(stream)
         match answer:
             case Refused(message):
                 raise PeerRefused(message)
@@ -126,9 +130,9 @@ class Dialer:
             case _:
                 raise PeerUnreachable(f"the peer answered hello with {type(answer).__name__}")
 
-    async def _join(self, call: Any, welcome: Welcome) -> PairTransport:
+    async def _join(self, stream: Stream, welcome: Welcome) -> PairTransport:
         """Join the process group, and return when the peer's end is up too: its first heartbeat says so."""
-        ready = asyncio.create_task(_read(call), name=f"ready:{welcome.epoch}")
+        ready = asyncio.create_task(_read(stream), name=f"ready:{welcome.epoch}")
         joining = asyncio.create_task(self._join_group(welcome), name=f"join:{welcome.epoch}")
         try:
             async with asyncio.timeout(2 * self._timeout_s):
@@ -162,12 +166,10 @@ class Dialer:
         self._stores[welcome.worker_id] = store
         return transport
 
-    async def _run(
-        self, call: Any, pair: Pair[transfer_pb2.PrefillFrame, SendLink], on_connected: Callable[[], None]
-    ) -> str:
+    async def _run(self, stream: Stream, pair: Pair[PrefillFrame, SendLink], on_connected: Callable[[], None]) -> str:
         on_connected()
 
-        def on_frame(frame: transfer_pb2.DecodeFrame) -> None:
+        def on_frame(frame: DecodeFrame) -> None:
             value = parse_decode_frame(frame)
             match value:
                 case ChunksDone() | Committed() | Abort():
@@ -179,26 +181,21 @@ class Dialer:
 
         timing = self._context.config.router
         return await pair.run(
-            self._context.injector.frames(_frames(call)),
+            self._context.injector.frames(aiter(stream)),
             on_frame,
-            call.write,
+            stream.write,
             lambda sequence: prefill_frame(Heartbeat(sequence)),
             timing.heartbeat_interval_s,
             timing.heartbeat_timeout_s,
         )
 
 
-async def _read(call: Any) -> DecodeValue:
+async def _read(stream: Stream) -> DecodeValue:
     """The next frame. Raises PeerUnreachable at the stream's end."""
-    frame = await call.read()
-    if not isinstance(frame, transfer_pb2.DecodeFrame):
-        raise PeerUnreachable("the peer closed the stream")
-    return parse_decode_frame(frame)
-
-
-async def _frames(call: Any) -> AsyncIterator[transfer_pb2.DecodeFrame]:
-    while isinstance(frame := await call.read(), transfer_pb2.DecodeFrame):
-        yield frame
+    try:
+        return parse_decode_frame(await anext(stream))
+    except StopAsyncIteration:
+        raise PeerUnreachable("the peer closed the stream") from None
 
 
 def _retrieve(ready: asyncio.Task[Any]) -> None:

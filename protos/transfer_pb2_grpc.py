@@ -3,7 +3,6 @@
 import grpc
 import warnings
 
-from protos import transfer_pb2 as protos_dot_transfer__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -23,75 +22,3 @@ if _version_not_supported:
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
-
-
-class TransferStub:
-    """Missing associated documentation comment in .proto file."""
-
-    def __init__(self, channel):
-        """Constructor.
-
-        Args:
-            channel: A grpc.Channel.
-        """
-        self.Connect = channel.stream_stream(
-                '/baton.v1.Transfer/Connect',
-                request_serializer=protos_dot_transfer__pb2.PrefillFrame.SerializeToString,
-                response_deserializer=protos_dot_transfer__pb2.DecodeFrame.FromString,
-                _registered_method=True)
-
-
-class TransferServicer:
-    """Missing associated documentation comment in .proto file."""
-
-    def Connect(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-
-def add_TransferServicer_to_server(servicer, server):
-    rpc_method_handlers = {
-            'Connect': grpc.stream_stream_rpc_method_handler(
-                    servicer.Connect,
-                    request_deserializer=protos_dot_transfer__pb2.PrefillFrame.FromString,
-                    response_serializer=protos_dot_transfer__pb2.DecodeFrame.SerializeToString,
-            ),
-    }
-    generic_handler = grpc.method_handlers_generic_handler(
-            'baton.v1.Transfer', rpc_method_handlers)
-    server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('baton.v1.Transfer', rpc_method_handlers)
-
-
- # This class is part of an EXPERIMENTAL API.
-class Transfer:
-    """Missing associated documentation comment in .proto file."""
-
-    @staticmethod
-    def Connect(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/baton.v1.Transfer/Connect',
-            protos_dot_transfer__pb2.PrefillFrame.SerializeToString,
-            protos_dot_transfer__pb2.DecodeFrame.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)

@@ -530,6 +530,7 @@ class WorkerHello(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    TRANSFER_ADDRESS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """unique per process: a restarted worker has a new one"""
     role: _builtins.str
@@ -539,6 +540,8 @@ class WorkerHello(_message.Message):
     num_blocks: _builtins.int
     max_num_batched_tokens: _builtins.int
     device: _builtins.str
+    transfer_address: _builtins.str
+    """host:port where prefill workers connect (transfer.proto); empty: it receives no KV"""
     @_builtins.property
     def layout(self) -> Global___KVLayout: ...
     def __init__(
@@ -552,10 +555,11 @@ class WorkerHello(_message.Message):
         num_blocks: _builtins.int = ...,
         max_num_batched_tokens: _builtins.int = ...,
         device: _builtins.str = ...,
+        transfer_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "layout", b"layout", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "num_blocks", b"num_blocks", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "layout", b"layout", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "num_blocks", b"num_blocks", "role", b"role", "transfer_address", b"transfer_address", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -154,7 +154,7 @@ class Registry:
     def _introduce(self, prefill: WorkerSession, decode: WorkerSession) -> None:
         pair = self.pairs.introduce(prefill.hello, decode.hello)
         if pair.state == CONNECTING:
-            peer = pb.ConnectPeer(worker_id=decode.worker_id, address=decode.address)
+            peer = pb.ConnectPeer(worker_id=decode.worker_id, address=decode.hello.transfer_address)
             prefill.send(pb.RouterFrame(connect_peer=peer))
         else:
             _log.error("%s cannot hand over to %s: %s", pair.prefill, pair.decode, pair.message)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import grpc.aio
 import torch
 
 from baton.common.clock import Clock
@@ -91,7 +90,10 @@ class Half(AttemptOwner, Protocol):
         """After all attempts of this router were withdrawn."""
         ...
 
-    def add_services(self, server: grpc.aio.Server) -> None: ...
+    @property
+    def transfer_address(self) -> str:
+        """Where prefill workers connect, host:port; empty of a half that receives nothing, and before `start`."""
+        ...
 
     def staging_in_use(self) -> int:
         """Staging slots that hold or await a chunk."""
@@ -140,8 +142,9 @@ class BaseHalf:
     def on_router_lost(self, session: RouterSession) -> None:
         pass
 
-    def add_services(self, server: grpc.aio.Server) -> None:
-        pass
+    @property
+    def transfer_address(self) -> str:
+        return ""
 
     def staging_in_use(self) -> int:
         return 0

@@ -12,8 +12,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
-import grpc
-import grpc.aio
 import torch
 
 from baton.engine.kv_layout import KVLayout
@@ -82,10 +80,8 @@ class Pair(Generic[F, L]):
             return await run_until_first(f"pair:{self.epoch}", loops)
         except WireError as error:
             return f"the peer sent an invalid frame: {error}"
-        except grpc.RpcError as error:
-            return f"the stream broke: {describe(error)}"
-        except asyncio.InvalidStateError as error:  # a write to a call whose end has not been read yet
-            return f"the stream has ended: {error}"
+        except ConnectionError as error:
+            return f"the stream broke: {error}"
 
 
 class Pairs(Generic[F, L]):
@@ -188,10 +184,3 @@ class Pairs(Generic[F, L]):
         self.drop_staging(pair.peer)
         self._feed(EpochDestroyed(pair.peer, pair.epoch))
         pair.destroyed.set()
-
-
-def describe(error: grpc.RpcError) -> str:
-    """A gRPC failure in one line."""
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error) or type(error).__name__

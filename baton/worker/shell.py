@@ -113,6 +113,11 @@ class WorkerShell:
         self._closed = asyncio.Event()
         self._stopping = False
 
+    @property
+    def transfer_address(self) -> str:
+        """Where prefill workers connect, once started; empty where no half receives KV."""
+        return next((half.transfer_address for half in self._halves if half.transfer_address), "")
+
     async def start(self) -> None:
         """Load the model, start the engine, listen on a free port of `host`. Afterwards `address` is set."""
         loop = asyncio.get_running_loop()
@@ -219,8 +224,6 @@ class WorkerShell:
         )
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         add_WorkerServicer_to_server(self._attach, self._server)
-        for half in self._halves:
-            half.add_services(self._server)
         port = self._server.add_insecure_port(f"{self._host}:0")
         self.address = f"{self._host}:{port}"
         await self._server.start()
@@ -241,6 +244,7 @@ class WorkerShell:
             num_blocks=self._engine.stats().blocks.total,
             max_num_batched_tokens=self._config.engine.max_num_batched_tokens,
             device=str(self._device),
+            transfer_address=self.transfer_address,
         )
 
     def _heartbeat(self, sequence: int) -> pb.WorkerHeartbeat:

@@ -1,6 +1,6 @@
-"""What every long-lived gRPC stream of a worker needs: an outbox, a watch on the peer's silence, an orderly end.
+"""What every long-lived stream of a worker needs: an outbox, a watch on the peer's silence, an orderly end.
 
-Used on the asyncio thread by the Attach service (router) and by both ends of Transfer.Connect (the other worker).
+Used on the asyncio thread by the Attach service (router) and by both ends of a pair (the other worker).
 """
 
 from __future__ import annotations
@@ -19,15 +19,6 @@ STREAM_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 )
 SERVER_OPTIONS = (*STREAM_OPTIONS, ("grpc.so_reuseport", 0))
-# Who dials decides when to try again, so gRPC shall not wait on its own, nor share what it learnt of an address.
-CLIENT_OPTIONS = (
-    *STREAM_OPTIONS,
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
 
 
 class Outbox(Generic[T]):

@@ -65,6 +65,7 @@ class Probe:
         return {
             "worker_id": self._shell.worker_id,
             "address": self._shell.address,
+            "transfer_address": self._shell.transfer_address,
             "seconds": time.monotonic() - started,
             "dtype": self._engine.layout.dtype,
             "block_bytes": self._engine.layout.block_bytes,

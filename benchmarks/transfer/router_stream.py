@@ -10,7 +10,7 @@ from typing import Self
 
 import grpc.aio
 
-from baton.worker.streams import CLIENT_OPTIONS
+from baton.worker.streams import STREAM_OPTIONS
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerStub
 
@@ -34,7 +34,7 @@ class WorkerStream:
         self._broken = ""
 
     async def __aenter__(self) -> Self:
-        self._channel = grpc.aio.insecure_channel(self._address, options=CLIENT_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(self._address, options=STREAM_OPTIONS)
         self._call = WorkerStub(self._channel).Attach(None)
         await self._call.write(pb.RouterFrame(hello=self._hello))
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._beat())]

@@ -132,7 +132,7 @@ class Session:
     async def connect(self, sender: str) -> float:
         """Seconds until the pair is connected."""
         decode = self.about["decode"]
-        return await self.streams[sender].connect(decode["worker_id"], decode["address"], 60.0)
+        return await self.streams[sender].connect(decode["worker_id"], decode["transfer_address"], 60.0)
 
     async def hand_over(self, sender: str, spec: pb.RequestSpec) -> str:
         """One hand-over to its end; the name under which the workers noted it."""

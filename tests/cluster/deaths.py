@@ -15,7 +15,7 @@ import torch
 import kv_transfer.connection
 import prefill_worker.handover
 from baton.worker.chaos_hooks import NoFaults
-from decode_worker.transfer_service import TransferService
+from decode_worker.listener import Listener
 from kv_transfer.messages import Commit
 from kv_transfer.transport import PairTransport, Transfer
 from kv_transfer.wire import prefill_frame as to_frame
@@ -44,7 +44,7 @@ def arm(death: str) -> NoFaults:
     """
     if death == "connect":
         Dialer.serve_once = die  # type: ignore[method-assign]
-        TransferService._read_hello = die  # type: ignore[method-assign]
+        Listener._read_hello = die  # type: ignore[method-assign]
     elif death == "setup":
         for name in ("connect_nccl", "connect_gloo"):
             setattr(kv_transfer.connection, name, die)

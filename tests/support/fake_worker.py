@@ -61,6 +61,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         pb_grpc.add_WorkerServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
+        self.hello.transfer_address = self.address.replace("127.0.0.1", "127.0.0.2")  # where nobody listens
         await self._server.start()
         return self
 

@@ -62,7 +62,7 @@ class Cluster:
         await self.peer_state("connected", times)
 
     async def want_connection(self) -> None:
-        peer = pb.ConnectPeer(worker_id=self.decode.worker_id, address=self.decode.address)
+        peer = pb.ConnectPeer(worker_id=self.decode.worker_id, address=self.decode.transfer_address)
         await self.to_prefill.send(connect_peer=peer)
 
     async def peer_state(self, state: str, times: int = 1) -> pb.PeerState:

@@ -138,7 +138,7 @@ async def test_nothing_is_left_after_the_workers_have_stopped(model: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("module", "ours", "theirs"), [("decode_worker.transfer_service", 2, 1), ("prefill_worker.dialer", 3, 1)]
+    ("module", "ours", "theirs"), [("decode_worker.listener", 2, 1), ("prefill_worker.dialer", 3, 1)]
 )
 async def test_workers_of_another_version_are_refused_and_named(
     model: Path, monkeypatch: pytest.MonkeyPatch, module: str, ours: int, theirs: int

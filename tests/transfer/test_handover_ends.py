@@ -158,7 +158,7 @@ async def test_a_spoilt_chunk_is_never_served(connected: Cluster) -> None:
 async def test_a_chunk_whose_word_is_lost_is_no_corruption(connected: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one: nothing but the commit tells of it. Operators see what kind of fault it was."""
     [half] = [half for half in connected.decode._halves if isinstance(half, DecodeHalf)]
-    pass_on, lost = half._service._on_message, []
+    pass_on, lost = half._listener._on_message, []
 
     def lose_last(event: FromPrefill) -> None:
         if isinstance(event.message, Chunk) and (event.message.segment.layer_end, event.message.segment.block_end) == (
@@ -169,7 +169,7 @@ async def test_a_chunk_whose_word_is_lost_is_no_corruption(connected: Cluster, m
         else:
             pass_on(event)
 
-    monkeypatch.setattr(half._service, "_on_message", lose_last)
+    monkeypatch.setattr(half._listener, "_on_message", lose_last)
     key = await connected.begin("a", spec(prompt(100)))
     to_decode = connected.to_decode
     await to_decode.until(lambda: key in to_decode.failed, "the failure")

@@ -45,7 +45,7 @@ async def reserve(to_decode: WorkerClient, name: str, request: pb.RequestSpec, p
 
 async def begin(name: str, prefill: RemoteWorker, decode: WorkerShell, to_decode: WorkerClient) -> Key:
     """Start handing over the long request."""
-    await connect(prefill.client, decode.worker_id, decode.address)
+    await connect(prefill.client, decode.worker_id, decode.transfer_address)
     reserved = await reserve(to_decode, name, LONG, prefill.worker_id)
     return await prefill.client.prefill(name, LONG, decode.worker_id, reserved)
 
@@ -114,7 +114,7 @@ async def test_a_prefill_worker_that_comes_back_says_nothing_wrong(
         os.kill(prefill.pid, signal.SIGCONT)
         async with WorkerClient(prefill.address, "another router") as other:
             await other.at_rest()
-            await connect(other, decode.worker_id, decode.address)
+            await connect(other, decode.worker_id, decode.transfer_address)
         assert key not in to_decode.tokens
         await to_decode.at_rest()
 
@@ -127,7 +127,7 @@ async def test_prefill_frees_what_it_held_for_a_lost_decode_worker(model: Path, 
         WorkerClient(prefill.address) as to_prefill,
         worker_process("decode", model) as decode,
     ):
-        await connect(to_prefill, decode.worker_id, decode.address)
+        await connect(to_prefill, decode.worker_id, decode.transfer_address)
         reserved = await reserve(decode.client, "a", LONG, prefill.worker_id)
         os.kill(decode.pid, signal.SIGSTOP)
         key = await to_prefill.prefill("a", LONG, decode.worker_id, reserved)

@@ -28,6 +28,7 @@ class RemoteWorker:
     pid: int
     worker_id: str
     address: str
+    transfer_address: str
     client: WorkerClient
 
 
@@ -47,8 +48,8 @@ async def worker_process(role: str, model: Path) -> AsyncIterator[RemoteWorker]:
         line = await asyncio.wait_for(process.stdout.readline(), START_S)
         worker_id, address = line.decode().split()
         async with WorkerClient(address) as client:
-            await client.attached()
-            yield RemoteWorker(process.pid, worker_id, address, client)
+            hello = await client.attached()
+            yield RemoteWorker(process.pid, worker_id, address, hello.transfer_address, client)
     finally:
         if process.returncode is None:
             process.kill()

@@ -24,7 +24,8 @@ async def test_prefill_workers_are_introduced_to_every_decode_worker_in_any_orde
     await served.attach(prefill, decode)
     await served.attach(prefill, decode, late)
     peers = [await prefill.next_frame("connect_peer", count) for count in (1, 2)]
-    assert {(peer.worker_id, peer.address) for peer in peers} == {("d0", decode.address), ("d1", late.address)}
+    expected = {(worker.hello.worker_id, worker.hello.transfer_address) for worker in (decode, late)}
+    assert {(peer.worker_id, peer.address) for peer in peers} == expected
     assert served.router.registry.snapshot().connected == {("p0", "d0"), ("p0", "d1")}
     assert not decode.received("connect_peer")
 

@@ -1,6 +1,6 @@
-"""Serves `Transfer.Connect`: one stream per prefill worker, one epoch of the pair's KV connection per stream.
+"""Where prefill workers connect: one stream per prefill worker, one epoch of the pair's KV connection per stream.
 
-Asyncio thread. Owns the store in which the two ends meet, on the advertised address only.
+Asyncio thread. Owns the store in which the two ends meet. Both listen on the advertised address only.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
-import grpc
-
+from baton.worker.frame_stream import FrameStream
 from baton.worker.half import WorkerContext
 from baton.worker.join import ConnectedAhead, join_pair
 from baton.worker.pair import Pair, Pairs
+from baton.worker.tasks import Tasks
 from baton.worker.threads import run_in_thread, start_thread
 from kv_transfer.connection import DECODE_RANK, TransferError, resolve_backend
 from kv_transfer.events import FromPrefill
@@ -27,97 +27,108 @@ from kv_transfer.receiver import RecvEvent, RecvLink
 from kv_transfer.rendezvous import StoreServer
 from kv_transfer.timeline import Timeline, clock_domain
 from kv_transfer.wire import VERSION, Heartbeat, Hello, Refused, Welcome, WireError, decode_frame, parse_prefill_frame
-from protos import transfer_pb2
-from protos.transfer_pb2_grpc import TransferServicer
+from protos.transfer_pb2 import DecodeFrame, PrefillFrame
 
 logger = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 5.0
 
-PrefillFrames = AsyncIterator[transfer_pb2.PrefillFrame]
+T = TypeVar("T")
+Stream = FrameStream[PrefillFrame, DecodeFrame]
 
 
-class TransferService(TransferServicer):
+class Listener:
     """`on_message` takes what a peer says, `on_transfer` what a link does, from any thread."""
 
     def __init__(
         self,
         context: WorkerContext,
-        pairs: Pairs[transfer_pb2.DecodeFrame, RecvLink],
+        pairs: Pairs[DecodeFrame, RecvLink],
         on_message: Callable[[FromPrefill], None],
         on_transfer: Callable[[RecvEvent], None],
         timeline: Timeline,
+        tasks: Tasks,
     ) -> None:
+        self.address = ""
         self._context = context
         self._pairs = pairs
         self._on_message = on_message
         self._on_transfer = on_transfer
         self._timeline = timeline
+        self._tasks = tasks
         self._clock_domain = clock_domain()
         self._store = StoreServer(context.host)
         self._packer = make_packer(context.device)
         self._launch_lock = threading.Lock()
         self._ahead = ConnectedAhead(context.config.transfer.num_pairs)
-        self._stopping = False
         self._epochs = itertools.count(1)
         self._backend = resolve_backend(context.config.transfer.backend, context.device)
 
+    async def start(self) -> None:
+        """Listen on a free port of the advertised host. Afterwards `address` is set."""
+        host = self._context.host
+        self._server = await self._context.loop.create_server(lambda: Stream(PrefillFrame, self._on_open), host, 0)
+        self.address = f"{host}:{self._server.sockets[0].getsockname()[1]}"
+
     def refuse_new(self) -> None:
-        """The worker stops: a prefill worker that connects again is turned away."""
-        self._stopping = True
+        """The worker stops: nobody can connect any more."""
+        self._server.close()
 
     def close(self) -> None:
         """After every epoch is destroyed."""
         self._store.close()
 
-    async def Connect(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
-        """A coroutine instead of a generator: gRPC then cancels it at once when the stream breaks."""
-        if self._stopping:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker stops")
-        frames: PrefillFrames = aiter(request_iterator)
-        hello = await self._read_hello(frames, context)
+    def _on_open(self, stream: Stream) -> None:
+        self._tasks.spawn(self._attend(stream), "a prefill worker's stream")
+
+    async def _attend(self, stream: Stream) -> None:
+        try:
+            hello = await self._read_hello(stream)
+            if await self._fits(hello, stream):
+                await self._end_older(hello.worker_id)
+                await self._serve(hello, stream)
+        except (ConnectionError, TransferError, WireError) as error:
+            logger.warning("no connection with a prefill worker: %s", error)
+        finally:
+            stream.close()
+
+    async def _read_hello(self, stream: Stream) -> Hello:
+        """Raises WireError when the stream begins with anything else, ConnectionError when with nothing."""
+        try:
+            hello = parse_prefill_frame(await asyncio.wait_for(anext(stream), HELLO_TIMEOUT_S))
+        except (TimeoutError, StopAsyncIteration):
+            raise ConnectionError("a stream that did not begin with a hello") from None
+        if not isinstance(hello, Hello):
+            raise WireError("PrefillFrame.frame", f"is a {type(hello).__name__} where a Hello must be")
+        return hello
+
+    async def _fits(self, hello: Hello, stream: Stream) -> bool:
+        """Whether KV can be exchanged with this peer; it is told what differs."""
         differences = self._context.layout.differences(hello.layout)
         if hello.version != VERSION:
             differences.append(f"version of the hand-over: {VERSION} here, {hello.version} there")
         if differences:
             message = f"workers differ (decode here, prefill there): {'; '.join(differences)}"
             logger.error("prefill worker %s is refused: %s", hello.worker_id, message)
-            await context.write(decode_frame(Refused(message)))
-            return
-        await self._end_older(hello.worker_id)
+            await stream.write(decode_frame(Refused(message)))
+        return not differences
+
+    async def _serve(self, hello: Hello, stream: Stream) -> None:
         epoch = f"{self._context.worker_id}/{next(self._epochs)}"
+        shared_clock = bool(hello.clock_domain) and hello.clock_domain == self._clock_domain
         try:
-            await self._serve(hello, epoch, frames, context)
-        except TransferError as error:
-            logger.warning("no connection with %s: %s", hello.worker_id, error)
+            pair = await _unless_lost(stream, self._join(hello, epoch, stream))
+            await self._pairs.serve(pair, lambda: self._run(pair, stream, shared_clock))
         finally:
             self._pairs.drop_staging(hello.worker_id)
             self._ahead.leave(epoch)
             start_thread(partial(self._store.forget, epoch), f"forget {epoch}")
-
-    async def _serve(self, hello: Hello, epoch: str, frames: PrefillFrames, context: Any) -> None:
-        pair = await self._join(hello, epoch, context)
-        shared_clock = bool(hello.clock_domain) and hello.clock_domain == self._clock_domain
-        await self._pairs.serve(pair, lambda: self._run(pair, frames, context, shared_clock))
-
-    async def _read_hello(self, frames: PrefillFrames, context: Any) -> Hello:
-        problem = "the stream did not begin with a hello"
-        try:
-            hello = parse_prefill_frame(await asyncio.wait_for(anext(frames), HELLO_TIMEOUT_S))
-            if isinstance(hello, Hello):
-                return hello
-        except WireError as error:
-            problem = str(error)
-        except (TimeoutError, StopAsyncIteration):
-            pass
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
-        raise AssertionError("abort raises")
 
     async def _end_older(self, peer: str) -> None:
         """A worker has one connection with us: what is left of its older one is destroyed first."""
         for older in self._pairs.of_peer(peer):
             await self._pairs.lose(older, "the prefill worker connected again")
 
-    async def _join(self, hello: Hello, epoch: str, context: Any) -> Pair[transfer_pb2.DecodeFrame, RecvLink]:
+    async def _join(self, hello: Hello, epoch: str, stream: Stream) -> Pair[DecodeFrame, RecvLink]:
         config, peer = self._context.config.transfer, hello.worker_id
         when_used = hello.join_when_used or not self._ahead.enter(epoch)
         staging = await self._pairs.staging(peer, config.window, config.slot_bytes, when_used)
@@ -131,7 +142,7 @@ class TransferService(TransferServicer):
             self._backend,
             when_used,
         )
-        await context.write(decode_frame(welcome))
+        await stream.write(decode_frame(welcome))
         store = await run_in_thread(self._store.take, f"store for {epoch}")
         transport = await join_pair(
             self._context, self._launch_lock, self._backend, store, epoch, DECODE_RANK, when_used
@@ -143,14 +154,8 @@ class TransferService(TransferServicer):
         )
         return Pair(peer, epoch, link, config.window, config.slot_bytes)
 
-    async def _run(
-        self,
-        pair: Pair[transfer_pb2.DecodeFrame, RecvLink],
-        frames: PrefillFrames,
-        context: Any,
-        shared_clock: bool,
-    ) -> str:
-        def on_frame(frame: transfer_pb2.PrefillFrame) -> None:
+    async def _run(self, pair: Pair[DecodeFrame, RecvLink], stream: Stream, shared_clock: bool) -> str:
+        def on_frame(frame: PrefillFrame) -> None:
             now = self._context.clock.now()
             value = parse_prefill_frame(frame)
             if isinstance(value, Chunk):
@@ -167,10 +172,24 @@ class TransferService(TransferServicer):
 
         timing = self._context.config.router
         return await pair.run(
-            self._context.injector.frames(frames),
+            self._context.injector.frames(aiter(stream)),
             on_frame,
-            context.write,
+            stream.write,
             lambda sequence: decode_frame(Heartbeat(sequence)),
             timing.heartbeat_interval_s,
             timing.heartbeat_timeout_s,
         )
+
+
+async def _unless_lost(stream: Stream, doing: Coroutine[None, None, T]) -> T:
+    """Its result. It is cancelled when the stream is lost meanwhile, and ConnectionError raised."""
+    work, lost = asyncio.create_task(doing), asyncio.create_task(stream.lost.wait())
+    try:
+        await asyncio.wait({work, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise ConnectionError("the stream ended before the pair had joined")
+    finally:
+        for task in (work, lost):
+            task.cancel()
+        await asyncio.gather(work, lost, return_exceptions=True)
