@@ -95,9 +95,7 @@ def connect(
             return connect_gloo(keys, rank, host, connect_timeout_s, operation_timeout_s)
         _check_environment()
         lock = launch_lock or threading.Lock()
-        return connect_nccl(
-            keys, rank, device, connect_timeout_s, operation_timeout_s, lock, max_ctas, rank == PREFILL_RANK
-        )
+        return connect_nccl(keys, rank, device, connect_timeout_s, operation_timeout_s, lock, max_ctas)
     except RuntimeError as error:
         raise TransferError(f"{backend} connect under epoch {epoch}: {first_line(error)}") from None
 

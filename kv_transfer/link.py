@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 
 E = TypeVar("E")
 T = TypeVar("T")
-# A decode step shall not wait for what arrives. What leaves prefill is small beside the kernels of a prompt, whose
-# blocks fill the device: behind them a message would wait for a whole layer.
+# What leaves prefill is small beside the kernels of a prompt, whose blocks fill the device: behind them it would wait
+# for a whole layer. So would a message that arrives, behind the unpack of the one before, which floods the device just
+# when the next could begin; the few multiprocessors that it takes it holds anyway. An unpack itself goes no sooner than
+# the kernels of a decode step.
 LOW_PRIORITY, HIGH_PRIORITY = 0, -1
 Finish = Callable[[], E | None]  # waits for what was started; its outcome, None where another job reports it
 
@@ -63,7 +65,7 @@ class Link(Generic[E]):
         staging: StagingPool,
         on_event: Callable[[E | PeerLost], None],
         name: str,
-        priority: int,
+        copy_priority: int,
         close_timeout_s: float,
     ) -> None:
         self._transport = transport
@@ -73,8 +75,8 @@ class Link(Generic[E]):
         self._stopped = threading.Event()
         self._reporting = threading.RLock()
         self._starts = JobThread(f"{name} start")
-        self._copy = Lane(f"{name} copy", staging.device, priority)
-        self._wire = Lane(f"{name} wire", staging.device, priority)
+        self._copy = Lane(f"{name} copy", staging.device, copy_priority)
+        self._wire = Lane(f"{name} wire", staging.device, HIGH_PRIORITY)
 
     def close(self) -> None:
         """Destroy the epoch: end the operations in flight, drop what is queued, end the threads. Idempotent.

@@ -37,11 +37,9 @@ def connect_nccl(
     operation_timeout_s: float,
     launch_lock: threading.Lock,
     max_ctas: int,
-    high_priority: bool,
 ) -> NcclTransport:
     """Join the communicator of two whose id lies in `store`, and move one byte through it, so that no chunk pays for
-    connecting. `max_ctas` bounds the multiprocessors it takes from the model; with `high_priority` its kernels go
-    before those of other streams. Raises TransferError, ConfigError.
+    connecting. `max_ctas` bounds the multiprocessors it takes from the model. Raises TransferError, ConfigError.
     """
     factory = getattr(torch.distributed, "ProcessGroupNCCL", None)
     if factory is None or device.type != "cuda":
@@ -50,7 +48,7 @@ def connect_nccl(
     def join() -> NcclTransport:
         # A stream of its own: on the thread's default one the model's kernels would wait for the peer's byte.
         with torch.cuda.device(device), borrowed(device):
-            group = _make_group(factory, store, rank, device, connect_timeout_s, max_ctas, high_priority)
+            group = _make_group(factory, store, rank, device, connect_timeout_s, max_ctas)
             transport = NcclTransport(group, 1 - rank, operation_timeout_s, launch_lock)
             try:
                 transport.exchange_first_byte(rank, device)
@@ -70,12 +68,11 @@ def _make_group(
     device: torch.device,
     timeout_s: float,
     max_ctas: int,
-    high_priority: bool,
 ) -> PairGroup:
     options = factory.Options()
     options._timeout = timedelta(seconds=timeout_s)
     options.config.max_ctas = max_ctas
-    options.is_high_priority_stream = high_priority
+    options.is_high_priority_stream = True  # see `kv_transfer.link`
     group = factory(store, rank, 2, options)
     if hasattr(group, "eager_connect_single_device"):
         # Without it each first send or recv of a pair makes a further communicator.

@@ -201,7 +201,7 @@ class FakeNccl:
 
     def join(self, timeout_s: float = WAIT_S) -> NcclTransport:
         device = torch.device("cuda", 0)
-        return connect_nccl(HashStore(), 0, device, timeout_s, 30.0, threading.Lock(), 4, False)
+        return connect_nccl(HashStore(), 0, device, timeout_s, 30.0, threading.Lock(), 4)
 
 
 def num_watchdogs() -> int:
