@@ -9,9 +9,9 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 from baton.worker.frame_stream import FrameStream
 from baton.worker.half import WorkerContext
@@ -32,7 +32,6 @@ from protos.transfer_pb2 import DecodeFrame, PrefillFrame
 logger = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 5.0
 
-T = TypeVar("T")
 Stream = FrameStream[PrefillFrame, DecodeFrame]
 
 
@@ -49,6 +48,7 @@ class Listener:
         tasks: Tasks,
     ) -> None:
         self.address = ""
+        self._server: asyncio.Server | None = None
         self._context = context
         self._pairs = pairs
         self._on_message = on_message
@@ -71,7 +71,8 @@ class Listener:
 
     def refuse_new(self) -> None:
         """The worker stops: nobody can connect any more."""
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
 
     def close(self) -> None:
         """After every epoch is destroyed."""
@@ -116,7 +117,11 @@ class Listener:
         epoch = f"{self._context.worker_id}/{next(self._epochs)}"
         shared_clock = bool(hello.clock_domain) and hello.clock_domain == self._clock_domain
         try:
-            pair = await _unless_lost(stream, self._join(hello, epoch, stream))
+            leaving = asyncio.create_task(_cancel_when_lost(stream, asyncio.current_task(), hello.worker_id))
+            try:
+                pair = await self._join(hello, epoch, stream)
+            finally:
+                leaving.cancel()
             await self._pairs.serve(pair, lambda: self._run(pair, stream, shared_clock))
         finally:
             self._pairs.drop_staging(hello.worker_id)
@@ -181,15 +186,9 @@ class Listener:
         )
 
 
-async def _unless_lost(stream: Stream, doing: Coroutine[None, None, T]) -> T:
-    """Its result. It is cancelled when the stream is lost meanwhile, and ConnectionError raised."""
-    work, lost = asyncio.create_task(doing), asyncio.create_task(stream.lost.wait())
-    try:
-        await asyncio.wait({work, lost}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        raise ConnectionError("the stream ended before the pair had joined")
-    finally:
-        for task in (work, lost):
-            task.cancel()
-        await asyncio.gather(work, lost, return_exceptions=True)
+async def _cancel_when_lost(stream: Stream, task: asyncio.Task[Any] | None, peer: str) -> None:
+    """For the time in which nobody reads from the stream."""
+    await stream.lost.wait()
+    logger.warning("%s left before it had joined", peer)
+    assert task is not None
+    task.cancel()

@@ -91,5 +91,5 @@ async def test_who_leaves_before_it_has_joined_leaves_nothing(decode: WorkerShel
         assert half._pairs._staging
         [attending] = [task for task in half._tasks._tasks if "stream" in task.get_name()]
         stream.close()
-        await attending
+        await asyncio.wait({attending})
     assert [half._pairs._staging, half._pairs._pairs, half._listener._ahead._pairs] == [{}, {}, set()]
