@@ -36,7 +36,7 @@ Stream = FrameStream[PrefillFrame, DecodeFrame]
 
 
 class Listener:
-    """`on_message` takes what a peer says, `on_transfer` what a link does, from any thread."""
+    """`on_message` takes what a peer says, on the asyncio thread, `on_transfer` what a link does, on any."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Listener:
     async def _attend(self, stream: Stream) -> None:
         try:
             hello = await self._read_hello(stream)
-            if await self._fits(hello, stream):
+            if self._fits(hello, stream):
                 await self._end_older(hello.worker_id)
                 await self._serve(hello, stream)
         except (ConnectionError, TransferError, WireError) as error:
@@ -102,7 +102,7 @@ class Listener:
             raise WireError("PrefillFrame.frame", f"is a {type(hello).__name__} where a Hello must be")
         return hello
 
-    async def _fits(self, hello: Hello, stream: Stream) -> bool:
+    def _fits(self, hello: Hello, stream: Stream) -> bool:
         """Whether KV can be exchanged with this peer; it is told what differs."""
         differences = self._context.layout.differences(hello.layout)
         if hello.version != VERSION:
@@ -110,7 +110,7 @@ class Listener:
         if differences:
             message = f"workers differ (decode here, prefill there): {'; '.join(differences)}"
             logger.error("prefill worker %s is refused: %s", hello.worker_id, message)
-            await stream.write(decode_frame(Refused(message)))
+            stream.send(decode_frame(Refused(message)))
         return not differences
 
     async def _serve(self, hello: Hello, stream: Stream) -> None:
@@ -147,7 +147,7 @@ class Listener:
             self._backend,
             when_used,
         )
-        await stream.write(decode_frame(welcome))
+        stream.send(decode_frame(welcome))
         store = await run_in_thread(self._store.take, f"store for {epoch}")
         transport = await join_pair(
             self._context, self._launch_lock, self._backend, store, epoch, DECODE_RANK, when_used
@@ -157,7 +157,7 @@ class Listener:
         link = RecvLink(
             transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer, self._timeline
         )
-        return Pair(peer, epoch, link, config.window, config.slot_bytes)
+        return Pair(peer, epoch, stream, link, config.window, config.slot_bytes)
 
     async def _run(self, pair: Pair[DecodeFrame, RecvLink], stream: Stream, shared_clock: bool) -> str:
         def on_frame(frame: PrefillFrame) -> None:
@@ -179,7 +179,6 @@ class Listener:
         return await pair.run(
             self._context.injector.frames(aiter(stream)),
             on_frame,
-            stream.write,
             lambda sequence: decode_frame(Heartbeat(sequence)),
             timing.heartbeat_interval_s,
             timing.heartbeat_timeout_s,

@@ -43,6 +43,7 @@ def nccl_environment() -> dict[str, str]:
     Off: NVLink multicast, and torch's handling of NCCL errors, which ends the process; connections watch their own
     operations. Launches of several communicators on one device keep the host's order; where a connection's first
     operation overlaps another's launch there is no order to keep and none is needed, so that is not an error.
+    Off as well: torch's record of the latest operations, for each of which it takes the interpreter's lock once more.
     Buffers half as large as NCCL's own take less memory and, between GPUs of one host, carry more
     (docs/transfer_performance.md); what the operator has set for them stays.
     """
@@ -55,6 +56,8 @@ def nccl_environment() -> dict[str, str]:
         "NCCL_LAUNCH_RACE_FATAL": "0",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
         "TORCH_NCCL_ENABLE_MONITORING": "0",
+        "TORCH_FR_BUFFER_SIZE": "0",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",  # the same, as older versions call it
     }
 
 

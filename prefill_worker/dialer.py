@@ -84,7 +84,9 @@ class Dialer:
             staging = await self._pairs.staging(worker_id, welcome.window, welcome.slot_bytes, welcome.join_when_used)
             transport = await self._join(stream, welcome)
             link = SendLink(transport, staging, self._packer, self._context.engine.kv_cache, self._on_transfer)
-            pair = Pair[PrefillFrame, SendLink](worker_id, welcome.epoch, link, welcome.window, welcome.slot_bytes)
+            pair = Pair[PrefillFrame, SendLink](
+                worker_id, welcome.epoch, stream, link, welcome.window, welcome.slot_bytes
+            )
             return await self._pairs.serve(pair, lambda: self._run(stream, pair, on_connected), on_lost)
         except (ConnectionError, PeerUnreachable, TransferError, WireError) as error:
             return str(error)
@@ -116,7 +118,7 @@ class Dialer:
         when_used = not self._ahead.enter(worker_id)
         hello = Hello(self._context.worker_id, self._context.layout, clock_domain(), when_used)
         async with asyncio.timeout(self._timeout_s):
-            await stream.write(prefill_frame(hello))
+            stream.send(prefill_frame(hello))
             answer = await _read(stream)
         match answer:
             case Refused(message):
@@ -183,7 +185,6 @@ class Dialer:
         return await pair.run(
             self._context.injector.frames(aiter(stream)),
             on_frame,
-            stream.write,
             lambda sequence: prefill_frame(Heartbeat(sequence)),
             timing.heartbeat_interval_s,
             timing.heartbeat_timeout_s,

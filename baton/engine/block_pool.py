@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from baton.engine.ports import BlockCounts
-from baton.engine.prefix_cache import PrefixCache, PrefixHit
+from baton.engine.prefix_cache import Chain, PrefixCache, PrefixHit
 
 
 class Use(IntEnum):
@@ -33,13 +33,13 @@ class StaleBlock(RuntimeError):
 
 @dataclass(slots=True, eq=False)
 class _Holding:
-    """Blocks of one holder in logical order. `hashes` covers the full blocks that the prefix cache knows of."""
+    """Blocks of one holder in logical order. `chain` covers the full blocks that the prefix cache knows of."""
 
     blocks: list[int]
     max_blocks: int
     use: Use
     generation: int
-    hashes: list[bytes] = field(default_factory=list)
+    chain: Chain = field(default_factory=Chain)
 
     @property
     def growth(self) -> int:
@@ -123,7 +123,7 @@ class BlockPool:
                 f"{owner} may not hold {max_blocks} blocks: {self.committed} of {self.num_blocks} committed"
             )
         self._generation += 1
-        holding = _Holding(list(hit.blocks), max_blocks, use, self._generation, list(hit.hashes))
+        holding = _Holding(list(hit.blocks), max_blocks, use, self._generation, Chain(list(hit.hashes)))
         self._holdings[owner] = holding
         self._growth += holding.growth
         for block in hit.blocks:
@@ -154,7 +154,7 @@ class BlockPool:
         copies = 1 if num_tokens % self.block_size else 0
         if self.committed + max_blocks - len(shared) + copies > self.num_blocks:
             return None
-        hashes = tuple(parent.hashes[: num_tokens // self.block_size])
+        hashes = tuple(parent.chain.hashes[: num_tokens // self.block_size])
         table = self.open(new_owner, max_blocks, PrefixHit(tuple(shared), hashes), parent.use)
         if copies:
             self._copies[shared[-1]] += 1
@@ -180,7 +180,12 @@ class BlockPool:
         """Let others find the holder's full blocks among its first `num_computed_tokens`, whose KV is there."""
         if self._prefix is not None:
             holding = self._holdings[owner]
-            self._prefix.extend(holding.hashes, token_ids, holding.blocks, num_computed_tokens // self.block_size)
+            self._prefix.extend(holding.chain, token_ids, holding.blocks, num_computed_tokens // self.block_size)
+
+    def register_soon(self, owner: str, token_ids: Sequence[int], num_tokens: int) -> None:
+        """The KV of these tokens is being computed: do now what would take time once it is there."""
+        if self._prefix is not None:
+            self._prefix.hash_ahead(self._holdings[owner].chain, token_ids, num_tokens // self.block_size)
 
     def distrust(self, owner: str) -> None:
         """The holder's KV may be spoilt: nobody finds any of its blocks from now on."""

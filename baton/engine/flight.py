@@ -16,9 +16,10 @@ from baton.engine.inbox import Inbox
 from baton.engine.logprobs import StepLogprobs
 from baton.engine.staging import PendingTokens
 
-_POLL_S = 0.0005  # how late the end of a step of unknown length may be noticed
+_POLL_S = 0.0005  # how late the end of a step of unknown length may be noticed, of one with prompts also of a known one
 _BLOCK_S = 0.0004  # so long before its expected end a step is waited for at the device, which wakes without delay
 _NUM_REMEMBERED = 4
+_ALIKE_TOKENS = 128  # steps over prompts are alike when they have the same number of tokens in units of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +43,21 @@ class Pacer:
         self._clock = clock
         self._lead_s = lead_s
         self._landed_at = clock.now()
-        self._decode_s: deque[float] = deque(maxlen=_NUM_REMEMBERED)
+        self._seconds: dict[int, deque[float]] = {}  # of the latest steps of each kind
 
     def landed(self, flight: Flight) -> float:
         """The step has ended now; how long it took since it began or the one before ended."""
         now = self._clock.now()
         seconds = max(0.0, now - max(flight.started, self._landed_at))
         self._landed_at = now
-        if not flight.step.prefills:
-            self._decode_s.append(seconds)
+        if (kind := _kind(flight.step)) is not None:
+            self._seconds.setdefault(kind, deque(maxlen=_NUM_REMEMBERED)).append(seconds)
         return seconds
 
     def hold_launch(self, running: Flight) -> bool:
         """Wait while the successor of `running` is better launched later; whether a command came meanwhile."""
         end = self._expected_end(running)
-        if end is None or self._lead_s is None or running.tokens.is_ready():
+        if end is None or self._lead_s is None or running.step.prefills or running.tokens.is_ready():
             return False
         left = end - self._lead_s - self._clock.now()
         return left > 0 and self._inbox.wait(left)
@@ -68,12 +69,19 @@ class Pacer:
             left = _POLL_S if end is None else end - _BLOCK_S - self._clock.now()
             if left <= 0:
                 return True
-            if self._inbox.wait(left):
+            if self._inbox.wait(min(left, _POLL_S) if flight.step.prefills else left):
                 return False
         return True
 
     def _expected_end(self, flight: Flight) -> float | None:
-        """Of steps that only decode: successive ones take about the same. Never later than the fastest of the last."""
-        if flight.step.prefills or not self._decode_s:
-            return None
-        return max(flight.started, self._landed_at) + min(self._decode_s)
+        """Steps of a kind take about the same. Never later than the fastest of the latest."""
+        kind = _kind(flight.step)
+        seconds = self._seconds.get(kind) if kind is not None else None
+        return max(flight.started, self._landed_at) + min(seconds) if seconds else None
+
+
+def _kind(step: ScheduledStep) -> int | None:
+    """0 where a step only decodes, its size where it only computes prompts. What does both has no equals."""
+    if step.decodes and step.prefills:
+        return None
+    return -(-step.num_prefill_tokens // _ALIKE_TOKENS)

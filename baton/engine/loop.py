@@ -216,6 +216,8 @@ class Engine:
         for request, end in zip(step.requests(), ends, strict=True):
             request.num_computed_tokens = end
             request.steps_in_flight += 1
+        for segment in hand_overs:  # decode waits for what lands
+            self._pool.register_soon(segment.request.request_id, segment.request.token_ids, segment.end)
         for row, request in enumerate(step.sampled()):
             request.draw_row = row
         return Flight(step, ends, launched.tokens, launched.logprobs, started)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import secrets
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import NamedTuple
 
 ROOT = b""
 
@@ -23,10 +24,20 @@ class PrefixHit:
     hashes: tuple[bytes, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     block: int
     tokens: bytes
+
+
+@dataclass(slots=True, eq=False)
+class Chain:
+    """One sequence's hashes: of the blocks that were entered, and of the next ones, whose KV is still computed.
+
+    `ahead`: hash and tokens of each.
+    """
+
+    hashes: list[bytes] = field(default_factory=list)
+    ahead: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
 class PrefixCache:
@@ -59,18 +70,27 @@ class PrefixCache:
             hashes.append(parent)
         return PrefixHit(tuple(blocks), tuple(hashes))
 
-    def extend(self, hashes: list[bytes], token_ids: Sequence[int], blocks: Sequence[int], num_full: int) -> None:
-        """Enter blocks [len(hashes), num_full) of a sequence, whose KV is computed; their hashes are appended.
+    def hash_ahead(self, chain: Chain, token_ids: Sequence[int], num_full: int) -> None:
+        """Do what `extend` will need for the sequence's first `num_full` blocks: 3 us each, while they are computed."""
+        parent = chain.ahead[-1][0] if chain.ahead else chain.hashes[-1] if chain.hashes else ROOT
+        for index in range(len(chain.hashes) + len(chain.ahead), num_full):
+            tokens = self._tokens(token_ids, index)
+            parent = self._hash(parent, tokens)
+            chain.ahead.append((parent, tokens))
+
+    def extend(self, chain: Chain, token_ids: Sequence[int], blocks: Sequence[int], num_full: int) -> None:
+        """Enter the next blocks of a sequence, up to `num_full` of it, whose KV is computed.
 
         Where equal content is known already, the older block stays the one that is found.
         """
-        for index in range(len(hashes), num_full):
-            tokens = self._tokens(token_ids, index)
-            chain = self._hash(hashes[-1] if hashes else ROOT, tokens)
-            hashes.append(chain)
-            if chain not in self._entries and blocks[index] not in self._hash_of_block:
-                self._entries[chain] = _Entry(blocks[index], tokens)
-                self._hash_of_block[blocks[index]] = chain
+        self.hash_ahead(chain, token_ids, num_full)
+        start = len(chain.hashes)
+        entered, chain.ahead = chain.ahead[: num_full - start], chain.ahead[num_full - start :]
+        for block, (link, tokens) in zip(blocks[start:], entered, strict=False):
+            chain.hashes.append(link)
+            if link not in self._entries and block not in self._hash_of_block:
+                self._entries[link] = _Entry(block, tokens)
+                self._hash_of_block[block] = link
 
     def forget(self, block: int) -> None:
         """The block's content is about to change."""

@@ -20,6 +20,7 @@ from kv_transfer.wire import WireError
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
 _UNREAD_BYTES = 4 * 1024 * 1024  # that wait for their reader before the socket is left alone
+_UNSENT_BYTES = 64 * 1024 * 1024  # that a peer leaves unread before the stream breaks
 _FLUSH_S = 2.0
 
 I = TypeVar("I", bound=Message)  # noqa: E741 (frames in)
@@ -41,7 +42,6 @@ class FrameStream(asyncio.Protocol, Generic[I, O]):
         self._unread_bytes = 0
         self._is_paused = False
         self._news = asyncio.Event()  # a frame has come, or the end
-        self._writable = asyncio.Event()
         self._end: ConnectionError | WireError | None = None
         self._transport: asyncio.Transport | None = None
         self.lost = asyncio.Event()
@@ -50,7 +50,6 @@ class FrameStream(asyncio.Protocol, Generic[I, O]):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._writable.set()
         self._on_open(self)
 
     def data_received(self, data: bytes) -> None:
@@ -71,13 +70,6 @@ class FrameStream(asyncio.Protocol, Generic[I, O]):
             self._end = ConnectionError(str(exc) if exc is not None else "the connection ended amid a frame")
         self.lost.set()
         self._news.set()
-        self._writable.set()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
 
     # ---- what the pair calls
 
@@ -100,13 +92,18 @@ class FrameStream(asyncio.Protocol, Generic[I, O]):
             self._transport.resume_reading()
         return frame
 
-    async def write(self, frame: O) -> None:
-        """Send a frame; waits while the peer leaves too much unread. Raises ConnectionError when the stream is over."""
-        data = frame.SerializeToString()
-        await self._writable.wait()
+    def send(self, frame: O) -> None:
+        """Send a frame in this turn of the loop, behind those before it; nothing of a stream that is over.
+
+        A peer that reads too slowly breaks the stream, and the iteration says so.
+        """
         if self._transport is None or self._transport.is_closing():
-            raise ConnectionError("the stream has ended")
+            return
+        data = frame.SerializeToString()
         self._transport.write(_LENGTH.pack(len(data)) + data)
+        if self._transport.get_write_buffer_size() > _UNSENT_BYTES:
+            self._end = ConnectionError(f"the peer left {_UNSENT_BYTES} bytes unread")
+            self._transport.abort()
 
     def close(self) -> None:
         """Send what was written, to a peer that reads, and end the stream. Idempotent."""

@@ -16,7 +16,7 @@ import torch
 
 from baton.engine.kv_layout import KVLayout
 from baton.worker.faults import Faults
-from baton.worker.streams import Outbox, SilenceWatch, repeat, run_until_first
+from baton.worker.streams import SilenceWatch, repeat, run_until_first
 from baton.worker.tasks import Tasks
 from baton.worker.threads import run_in_thread
 from kv_transfer.events import EpochDestroyed, PeerConnected, PeerLost
@@ -34,28 +34,36 @@ class Closable(Protocol):
 
 
 F = TypeVar("F")
+F_in = TypeVar("F_in", contravariant=True)
 L = TypeVar("L", bound=Closable)
 R = TypeVar("R")
 PairEvent = PeerConnected | PeerLost | EpochDestroyed
 
 
+class Outlet(Protocol[F_in]):
+    """What a pair needs of its stream to say something. Frames go out in the turn of the loop that sends them."""
+
+    def send(self, frame: F_in) -> None: ...
+
+
 class Pair(Generic[F, L]):
     """One epoch with one peer. `slot_bytes` bounds a chunk."""
 
-    def __init__(self, peer: str, epoch: str, link: L, window: int, slot_bytes: int) -> None:
+    def __init__(self, peer: str, epoch: str, stream: Outlet[F], link: L, window: int, slot_bytes: int) -> None:
         self.peer = peer
         self.epoch = epoch
         self.link = link
         self.window = window
         self.slot_bytes = slot_bytes
-        self.outbox: Outbox[F] = Outbox()
+        self.send = stream.send
         self.destroyed = asyncio.Event()
+        self._told_to_end = asyncio.Event()
+        self._end_reason = ""
 
     async def run(
         self,
         frames: AsyncIterator[R],
         on_frame: Callable[[R], None],
-        write: Callable[[F], Awaitable[object]],
         heartbeat: Callable[[int], F],
         interval_s: float,
         timeout_s: float,
@@ -72,8 +80,8 @@ class Pair(Generic[F, L]):
 
         loops = {
             "read": read(),
-            "write": self.outbox.write_to(write),
-            "beat": repeat(interval_s, lambda: self.outbox.put(heartbeat(next(sequence)))),
+            "end": self._told(),
+            "beat": repeat(interval_s, lambda: self.send(heartbeat(next(sequence)))),
             "watch": watch.run(),
         }
         try:
@@ -82,6 +90,15 @@ class Pair(Generic[F, L]):
             return f"the peer sent an invalid frame: {error}"
         except ConnectionError as error:
             return f"the stream broke: {error}"
+
+    def end(self, reason: str) -> None:
+        """Let `run` return. The first reason stays."""
+        self._end_reason = self._end_reason or reason
+        self._told_to_end.set()
+
+    async def _told(self) -> str:
+        await self._told_to_end.wait()
+        return self._end_reason
 
 
 class Pairs(Generic[F, L]):
@@ -127,9 +144,9 @@ class Pairs(Generic[F, L]):
         return self._pairs[epoch]
 
     def send(self, epoch: str, frame: F) -> None:
-        """Queue a frame; dropped when the epoch is gone."""
+        """Send a frame; dropped when the epoch is gone."""
         if epoch in self._pairs:
-            self._pairs[epoch].outbox.put(frame)
+            self._pairs[epoch].send(frame)
 
     async def serve(
         self, pair: Pair[F, L], stream: Callable[[], Awaitable[str]], on_lost: Callable[[str], None] = logger.debug
@@ -159,7 +176,7 @@ class Pairs(Generic[F, L]):
     def destroy(self, epoch: str, reason: str) -> None:
         """Execute DestroyEpoch: end the stream, then the link, then say so."""
         pair = self._pairs[epoch]
-        pair.outbox.end(reason)
+        pair.end(reason)
         self._tasks.spawn(self._destroy(pair), f"destroy:{epoch}")
 
     async def stop(self, reason: str, timeout_s: float) -> None:

@@ -194,7 +194,7 @@ async def test_routers_hear_of_a_lost_connection_before_it_is_destroyed(connecte
         destroy()
 
     pair.link.close = close  # type: ignore[method-assign]
-    pair.outbox.end("cut by the test")
+    pair.end("cut by the test")
     try:
         await connected.peer_state("lost")
         assert half._pairs.of_peer(connected.decode.worker_id) == [pair]
@@ -210,7 +210,7 @@ async def test_a_lost_connection_is_made_anew(connected: Cluster) -> None:
     key = await connected.begin("a", spec(prompt(200)))
     await asyncio.wait_for(unpacks.held.wait(), 20)
     [pair] = unpacks.pairs()
-    pair.outbox.end("cut by the test")
+    pair.end("cut by the test")
     to_prefill, to_decode = connected.to_prefill, connected.to_decode
     for client in (to_prefill, to_decode):
         await client.until(lambda client=client: key in client.failed, "the failure")  # type: ignore[misc]

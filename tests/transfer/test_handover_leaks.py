@@ -128,7 +128,7 @@ async def test_nothing_is_remembered(model: Path, seed: int) -> None:
             async with turns:
                 if number in (15, 30, 45):
                     for pair in _half(workers.decode, DecodeHalf)._pairs.of_peer(workers.prefill.worker_id):
-                        pair.outbox.end("cut by the test")
+                        pair.end("cut by the test")
                 return await run(workers, number, rng)
 
         ways = await asyncio.gather(*(one(number) for number in range(NUM_REQUESTS)))

@@ -67,14 +67,14 @@ async def test_who_speaks_otherwise_is_turned_away(decode: WorkerShell, data: by
 
 async def test_who_begins_with_anything_but_a_hello_is_turned_away(decode: WorkerShell) -> None:
     stream = await dial(decode)
-    await stream.write(prefill_frame(Finish(LeaseKey(1, 1))))
+    stream.send(prefill_frame(Finish(LeaseKey(1, 1))))
     await ended(stream)
 
 
 async def test_who_cannot_exchange_kv_is_told_why(decode: WorkerShell) -> None:
     stream = await dial(decode)
     layout = replace(decode._engine.layout, block_size=999)
-    await stream.write(prefill_frame(Hello("stranger", layout)))
+    stream.send(prefill_frame(Hello("stranger", layout)))
     async with asyncio.timeout(WAIT_S):
         answer = parse_decode_frame(await anext(stream))
     assert isinstance(answer, Refused)
@@ -85,7 +85,7 @@ async def test_who_cannot_exchange_kv_is_told_why(decode: WorkerShell) -> None:
 async def test_who_leaves_before_it_has_joined_leaves_nothing(decode: WorkerShell) -> None:
     [half] = [half for half in decode._halves if isinstance(half, DecodeHalf)]
     stream = await dial(decode)
-    await stream.write(hello(decode, "fickle"))
+    stream.send(hello(decode, "fickle"))
     async with asyncio.timeout(WAIT_S):
         assert isinstance(parse_decode_frame(await anext(stream)), Welcome)
         assert half._pairs._staging

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from baton.common.clock import ManualClock
-from baton.engine.batch import ScheduledStep
+from baton.engine.batch import PrefillSegment, ScheduledStep
 from baton.engine.flight import Flight, Pacer
 from baton.engine.inbox import Inbox
 from baton.engine.logprobs import StepLogprobs
@@ -36,8 +37,13 @@ class SlowTokens:
         return self._tokens
 
 
-def flight(tokens: SlowTokens, started: float) -> Flight:
-    return Flight(ScheduledStep(), (), tokens, StepLogprobs(), started)
+def flight(tokens: SlowTokens, started: float, step: ScheduledStep | None = None) -> Flight:
+    return Flight(step or ScheduledStep(), (), tokens, StepLogprobs(), started)
+
+
+def over_prompt(num_tokens: int) -> ScheduledStep:
+    request = greedy("prompt", [1] * num_tokens, 1)
+    return ScheduledStep(prefills=[PrefillSegment(request, 0, num_tokens)])
 
 
 def paced(lead_s: float | None, decode_s: float) -> tuple[Pacer, Inbox, ManualClock]:
@@ -78,6 +84,33 @@ def test_the_end_of_a_step_of_unknown_length_is_noticed() -> None:
     timer = threading.Timer(0.02, tokens.ended.set)
     timer.start()
     assert Pacer(Inbox(), ManualClock(), None).await_landing(flight(tokens, 0.0))
+    assert tokens.ended.is_set()
+    timer.join()
+
+
+def test_a_step_over_a_prompt_is_waited_for_like_one_of_its_size() -> None:
+    """Its first token goes out when it is drawn, not when somebody looks; and nothing is held back for its sake."""
+    clock, inbox = ManualClock(), Inbox()
+    pacer = Pacer(inbox, clock, 2.0)
+    clock.advance(60.0)
+    pacer.landed(flight(SlowTokens(), 0.0, over_prompt(512)))
+    alike, other = (flight(SlowTokens(), clock.now(), over_prompt(size)) for size in (500, 513))
+    clock.advance(60.0)
+    assert pacer.await_landing(alike), "it ends now by all that is known"
+    assert not pacer.hold_launch(alike)
+    inbox.wake()
+    assert not pacer.await_landing(other), "of this size nothing is known"
+
+
+def test_a_step_that_ends_before_it_is_expected_is_noticed() -> None:
+    clock = ManualClock()
+    pacer = Pacer(Inbox(), clock, None)
+    clock.advance(60.0)
+    pacer.landed(flight(SlowTokens(), 0.0, over_prompt(512)))
+    tokens = SlowTokens()
+    timer = threading.Timer(0.02, tokens.ended.set)
+    timer.start()
+    assert pacer.await_landing(flight(tokens, clock.now(), over_prompt(512)))
     assert tokens.ended.is_set()
     timer.join()
 
@@ -166,7 +199,7 @@ def test_an_admission_joins_the_step_after_the_running_one(harness: Harness, mon
     harness.engine.post(Reserve("lease", prompt, 24, lambda _: None))
     harness.turn()
     assert len(launched) == len(harness.engine._flights) == 1
-    harness.engine._pacer._decode_s.extend([60.0] * 4)
+    harness.engine._pacer._seconds[0] = deque([60.0])
     request = greedy("late", prompt, 4)
     timer = threading.Timer(0.02, harness.engine.post, [Admission("lease", request, 7)])
     timer.start()
