@@ -72,6 +72,19 @@ def test_a_block_is_found_only_once_it_is_computed() -> None:
     assert len(pool.match_prefix(tokens, 12).blocks) == 2
 
 
+def test_what_is_computed_is_found_only_once_it_is_there() -> None:
+    """Its hashes are ready before, also those of a prompt that is computed in pieces."""
+    pool = BlockPool(8, 4, prefix_cache=True)
+    tokens = list(range(17))
+    pool.open("a", 5, PrefixHit(), Use.RUNNING)
+    pool.grow("a", 5)
+    for soon, computed in ((9, 8), (17, 12), (17, 17)):
+        pool.register_soon("a", tokens, soon)
+        assert len(pool.match_prefix(tokens, 17).blocks) < soon // 4
+        pool.register("a", tokens, computed)
+        assert pool.match_prefix(tokens, 17).blocks == pool.blocks_of("a")[: computed // 4]
+
+
 def test_shared_blocks_cost_nothing_twice() -> None:
     pool = BlockPool(6, 4, prefix_cache=True)
     tokens = list(range(16))

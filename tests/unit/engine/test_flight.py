@@ -43,7 +43,7 @@ def flight(tokens: SlowTokens, started: float, step: ScheduledStep | None = None
 
 def over_prompt(num_tokens: int) -> ScheduledStep:
     request = greedy("prompt", [1] * num_tokens, 1)
-    return ScheduledStep(prefills=[PrefillSegment(request, 0, num_tokens)])
+    return ScheduledStep(prefills=(PrefillSegment(request, 0, num_tokens),))
 
 
 def paced(lead_s: float | None, decode_s: float) -> tuple[Pacer, Inbox, ManualClock]:
