@@ -27,6 +27,9 @@ class Use(IntEnum):
     QUARANTINED = 2
 
 
+_UNHELD = len(Use)  # less active than any
+
+
 class StaleBlock(RuntimeError):
     """A name of a block outlived its allocation (invariant I1)."""
 
@@ -236,24 +239,35 @@ class BlockPool:
         return block
 
     def _hold(self, block: int, use: Use) -> None:
-        self._cached.pop(block, None)
-        self._refs[block][use] += 1
-        self._place(block)
+        """A long prompt has thousands of blocks, and its first token waits for them: only what changes is touched."""
+        refs = self._refs[block]
+        before = _most_active(refs)
+        refs[use] += 1
+        if use < before:
+            if before == _UNHELD:
+                self._cached.pop(block, None)  # else it was taken out of the free ones
+            else:
+                self._held[before].remove(block)
+            self._held[use].add(block)
 
     def _drop(self, block: int, use: Use) -> None:
-        self._refs[block][use] -= 1
-        if self._copies[block] and sum(self._refs[block]) <= self._copies[block]:
+        refs = self._refs[block]
+        refs[use] -= 1
+        copies = self._copies.get(block, 0)
+        if copies and sum(refs) <= copies:
             self._copies[block] -= 1
-        self._place(block)
-
-    def _place(self, block: int) -> None:
-        """Put a block whose references changed into the one list where it belongs."""
-        for held in self._held:
-            held.discard(block)
-        use = next((use for use in Use if self._refs[block][use]), None)
-        if use is not None:
-            self._held[use].add(block)
+        after = _most_active(refs)
+        if after <= use:
+            return
+        self._held[use].remove(block)
+        if after != _UNHELD:
+            self._held[after].add(block)
         elif self._prefix is not None and block in self._prefix:
             self._cached[block] = None
         else:
             self._free.append(block)
+
+
+def _most_active(refs: list[int]) -> int:
+    """The first use that a block is held for, _UNHELD if none."""
+    return 0 if refs[0] else 1 if refs[1] else 2 if refs[2] else _UNHELD

@@ -256,11 +256,11 @@ class Engine:
             self._log.event(request.request_id, _TOKEN_EVENTS[request.num_output_tokens - 1])
         reason = request.finish_reason()
         if request.hand_over:
-            self._book.hand_over(request)
             name, of_prompt = request.request_id, tuple(request.prompt_logprobs)
             self._ports.on_prefill_done(
                 PrefillDone(name, request.num_prompt_tokens, token, reason, logprobs, of_prompt)
             )
+            self._book.hand_over(request)
         elif reason is not None:
             self._book.finish(request, (token,), reason, logprobs)
         else:
