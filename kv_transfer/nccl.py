@@ -81,6 +81,10 @@ def _make_group(
     return made
 
 
+def _messages(buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (buffer,) if buffer.numel() <= MESSAGE_BYTES else torch.split(buffer, MESSAGE_BYTES)
+
+
 class NcclTransport:
     """See `PairTransport`. Operations are ordered after the work on the caller's current CUDA stream.
 
@@ -138,7 +142,7 @@ class NcclTransport:
                 raise TransferError(f"{name}: the connection is closed")
             start = self._group.send if what == "send" else self._group.recv
             try:
-                for message in torch.split(buffer, MESSAGE_BYTES):
+                for message in _messages(buffer):
                     with launch_order:
                         start([message], self._peer, _TAG).wait()  # orders the current stream after it, blocks nothing
                 return self._launched(name)

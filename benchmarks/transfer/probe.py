@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import uvloop
 
 from baton.common.clock import Clock
 from baton.common.config import BatonConfig, EngineConfig, TransferConfig
@@ -237,4 +238,4 @@ async def main(role: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    uvloop.run(main(sys.argv[1]))
