@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -146,16 +145,13 @@ class TransferStream:
         self._priority = priority
         self._stream = streams.take(device, priority) if device.type == "cuda" else None
 
-    @contextmanager
-    def after(self, event: torch.cuda.Event | None) -> Iterator[None]:
-        """Work launched inside runs on this stream, after `event`."""
+    def enter(self, event: torch.cuda.Event | None = None) -> None:
+        """What the calling thread, which is the link's own, launches from now on runs on this stream, after `event`."""
         if self._stream is None:
-            yield
             return
-        with torch.cuda.stream(self._stream):
-            if event is not None:
-                self._stream.wait_event(event)
-            yield
+        torch.cuda.set_stream(self._stream)
+        if event is not None:
+            self._stream.wait_event(event)
 
     def close(self) -> None:
         """Nothing is launched any more; returns when what was has ended. Idempotent, also after it has raised."""

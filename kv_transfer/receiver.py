@@ -85,8 +85,8 @@ class RecvLink(Link[Received | Unpacked]):
         slot = self._staging.slot(action.slot)
         if not 0 < action.num_bytes <= slot.numel():
             raise TransferError(f"chunk {action.seq} announces {action.num_bytes} bytes, a slot has {slot.numel()}")
-        with self._wire.stream.after(None):
-            transfer = arrival.transfer = self._transport.start_recv(slot[: action.num_bytes])
+        self._wire.stream.enter()
+        transfer = arrival.transfer = self._transport.start_recv(slot[: action.num_bytes])
         self._timeline.posted(action.epoch, action.seq, time.monotonic())
 
         def is_passed_on() -> bool:
@@ -125,11 +125,9 @@ class RecvLink(Link[Received | Unpacked]):
         num_bytes = self._staging.layout.segment_bytes(action.segment.num_layers, action.segment.num_blocks)
         data = self._staging.slot(action.slot)[:num_bytes]
         salts = block_salts(action.lease, action.seq, action.segment)
-        with self._copy.stream.after(None):
-            transfer.follow()
-            copy = self._packer.start_unpack(
-                self._kv_cache, action.segment, block_ids, data, salts, action.fingerprints
-            )
+        self._copy.stream.enter()
+        transfer.follow()
+        copy = self._packer.start_unpack(self._kv_cache, action.segment, block_ids, data, salts, action.fingerprints)
 
         def finish() -> Unpacked:
             is_ok = copy.wait()

@@ -59,8 +59,8 @@ class SendLink(Link[Packed | SendDone]):
         out = self._staging.slot(action.slot)[:num_bytes]
         salts = block_salts(action.lease, action.seq, action.segment)
         asked_at = time.monotonic()
-        with self._copy.stream.after(event):
-            copy = self._packer.start_pack(self._kv_cache, action.segment, block_ids, out, salts)
+        self._copy.stream.enter(event)
+        copy = self._packer.start_pack(self._kv_cache, action.segment, block_ids, out, salts)
 
         def finish() -> Packed:
             fingerprints = tuple(copy.wait())
@@ -75,9 +75,9 @@ class SendLink(Link[Packed | SendDone]):
         packed = self._packed_bytes.pop(action.slot, None)
         if packed != action.num_bytes:
             raise TransferError(f"slot {action.slot} holds {packed} packed bytes, asked to send {action.num_bytes}")
-        with self._wire.stream.after(None):
-            started = time.monotonic()
-            transfer = self._transport.start_send(self._staging.slot(action.slot)[: action.num_bytes])
+        self._wire.stream.enter()
+        started = time.monotonic()
+        transfer = self._transport.start_send(self._staging.slot(action.slot)[: action.num_bytes])
 
         def finish() -> SendDone:
             transfer.wait()

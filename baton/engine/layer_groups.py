@@ -102,9 +102,9 @@ def tapered(num_layers: int, layer_bytes: int, layer_s: float, message_bytes: in
 def cuts_of(num_layers: int) -> tuple[int, ...]:
     """After how many layers a captured pass over short prompts can tell that they are launched: three groups at most.
 
-    About what `tapered` gives for hundreds of tokens, of which a layer takes a little longer than a message costs.
+    The first goes out early enough to have arrived when the last does, also where decoding slows it down by half.
     """
-    return tuple(sorted({max(1, num_layers - 1 - num_layers // 6), max(1, num_layers - 1), num_layers}))
+    return tuple(sorted({max(1, 2 * num_layers // 3), max(1, num_layers - 1), num_layers}))
 
 
 def coarser(groups: LayerGroups, cuts: tuple[int, ...]) -> LayerGroups:
