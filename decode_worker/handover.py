@@ -202,17 +202,16 @@ class DecodeHalf(BaseHalf):
         self._pairs.get(action.epoch).link.unpack(action, wanted)
 
     def _admit(self, action: kv.Admit) -> None:
-        """The blocks become the request's. From here the attempt is a local one."""
-        attempt = self._leases.pop(action.lease.lease).attempt
-        self.timeline.admissible(
-            action.lease.lease, attempt.key.request_id, action.num_tokens, self._context.clock.now()
-        )
+        """The blocks become the request's. From here the attempt is a local one. The engine hears of it first."""
+        lease = action.lease.lease
+        attempt = self._leases.pop(lease).attempt
+        attempt.owner = self._context.local
+        request = attempt.spec.request(attempt.engine_id, self._context.clock.now())
+        self._context.engine.post(Admission(_reservation_id(lease), request, action.first_token))
+        self.timeline.admissible(lease, attempt.key.request_id, action.num_tokens, self._context.clock.now())
         for name in (events.TRANSFER_END, events.COMMITTED):
             self._attempts.note(attempt, name)
         self._attempts.flush(attempt)
-        attempt.owner = self._context.local
-        request = attempt.spec.request(attempt.engine_id, self._context.clock.now())
-        self._context.engine.post(Admission(_reservation_id(action.lease.lease), request, action.first_token))
 
     def _release(self, lease: int) -> None:
         """Nothing writes to the blocks any more. An attempt that has not failed ended at its first token."""

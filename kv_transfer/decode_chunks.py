@@ -97,7 +97,7 @@ def on_unpacked(turn: Turn, event: Unpacked) -> None:
     if index is None:
         return
     chunk = link.flights[index].chunk
-    _finish(turn, event.peer, index)
+    _free(turn, event.peer, index)
     lease = turn.live_lease(event.peer, chunk.lease)
     if lease is None:
         ends.settle(turn, chunk.lease.lease)
@@ -107,18 +107,30 @@ def on_unpacked(turn: Turn, event: Unpacked) -> None:
         try_admit(turn, lease)
     else:
         ends.fail(turn, lease, "corrupt", f"chunk {event.seq} does not match its fingerprints")
+    _return_credits(turn, event.peer, link.done_through)
 
 
 def _finish(turn: Turn, peer: str, index: int) -> None:
-    """Free the slot and return credits, cumulatively and in order of seq."""
+    """Of a chunk that nobody wants."""
+    before = turn.link(peer).done_through
+    _free(turn, peer, index)
+    _return_credits(turn, peer, before)
+
+
+def _return_credits(turn: Turn, peer: str, before: int) -> None:
+    """Cumulatively and in order of seq. The last action of its turn: an admission need not wait for it."""
+    through = turn.link(peer).done_through
+    if through > before:
+        turn.tell(peer, ChunksDone(through))
+
+
+def _free(turn: Turn, peer: str, index: int) -> None:
+    """The chunk is done with, and its slot the next one's."""
     link = turn.link(peer)
     chunk, slot, _ = link.flights[index]
     flights = _with(link, index, RecvFlight(chunk, -1, RecvStage.DONE))
     passed = next((at for at, flight in enumerate(flights) if flight.stage is not RecvStage.DONE), len(flights))
-    through = link.done_through + passed
-    link = Link(link.epoch, link.slots.give(slot), link.next_seq, through, flights[passed:])
-    if passed:
-        turn.tell(peer, ChunksDone(through))
+    link = Link(link.epoch, link.slots.give(slot), link.next_seq, link.done_through + passed, flights[passed:])
     start_recvs(turn, peer, link)
 
 

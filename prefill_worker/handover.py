@@ -226,14 +226,14 @@ class PrefillHalf(BaseHalf):
     def _send(self, action: kv.SendMessage) -> None:
         message = action.message
         assert isinstance(message, Chunk | Commit | Finish | AbortLease)
-        if isinstance(message, Commit):
-            self._note_of_lease(action.peer, message.lease, events.TRANSFER_END)
         frame = prefill_frame(message)
         if isinstance(message, Chunk):
             written_at = self._written_at.pop((action.epoch, message.seq), None)
             if written_at is not None:
                 frame.chunk.written_at_s = written_at
         self._pairs.send(action.epoch, frame)
+        if isinstance(message, Commit):
+            self._note_of_lease(action.peer, message.lease, events.TRANSFER_END)
 
     def _release(self, id_: str) -> None:
         """Nothing reads the blocks any more. An attempt that has not failed is complete: decode goes on with it."""

@@ -73,7 +73,7 @@ def test_whole_hand_over_admits_exactly_once() -> None:
     assert end.hears(COMMIT) == ()
     end.unpacked(1)
     assert of_type(Admit, end.actions) == [Admit(A, LEASE_A, 32, 5)]
-    assert end.said() == [ChunksDone(2), Committed(LEASE_A)]
+    assert end.said() == [Committed(LEASE_A), ChunksDone(2)]
     end.hears(COMMIT)
     assert end.said() == [Abort(LEASE_A, "unknown_lease")]
     assert counters(end.state) == (0, 0, 0)
