@@ -15,13 +15,16 @@ from typing import NamedTuple
 from kv_transfer.messages import Segment
 
 
+_MANY = 4  # messages, of which the ends are made shorter
+
+
 def split_segments(
     layer_start: int, layer_end: int, block_start: int, block_end: int, block_bytes_per_layer: int, slot_bytes: int
 ) -> list[Segment]:
-    """Cut a rectangle of KV into segments of at most `slot_bytes`, as few and as even as its layers allow.
+    """Cut a rectangle of KV into segments of at most `slot_bytes`.
 
-    Layers stay together while one block of all of them fits. Raises ValueError when not even one block of one layer
-    fits, or when the rectangle is empty.
+    Layers stay together while one block of all of them fits. Blocks are shared out evenly, or see `_tapered_ranges`.
+    Raises ValueError when not even one block of one layer fits, or when the rectangle is empty.
     """
     num_layers, num_blocks = layer_end - layer_start, block_end - block_start
     if num_layers < 1 or num_blocks < 1:
@@ -32,9 +35,20 @@ def split_segments(
     segments = []
     for layers in _even_ranges(layer_start, layer_end, -(-num_layers // capacity)):
         blocks_per_message = capacity // (layers[1] - layers[0])
-        for blocks in _even_ranges(block_start, block_end, -(-num_blocks // blocks_per_message)):
+        for blocks in _tapered_ranges(block_start, block_end, blocks_per_message):
             segments.append(Segment(*layers, *blocks))
     return segments
+
+
+def _tapered_ranges(start: int, end: int, largest: int) -> list[tuple[int, int]]:
+    """[start, end) as ranges of at most `largest`. Where there are many the first and the last are short: the wire waits
+    for the pack of the first, and the admission for the unpack of the last.
+    """
+    short = largest // 4
+    if short == 0 or end - start <= _MANY * largest:
+        return _even_ranges(start, end, -(-(end - start) // largest))
+    inner = _even_ranges(start + short, end - short, -(-(end - start - 2 * short) // largest))
+    return [(start, start + short), *inner, (end - short, end)]
 
 
 def _even_ranges(start: int, end: int, parts: int) -> list[tuple[int, int]]:

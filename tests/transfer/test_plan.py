@@ -43,6 +43,17 @@ def test_layers_of_a_group_travel_together_when_a_block_of_them_fits() -> None:
     assert [(s.layer_start, s.layer_end, s.num_blocks) for s in segments] == [(4, 8, 4), (4, 8, 3), (4, 8, 3)]
 
 
+def test_of_many_messages_the_first_and_the_last_are_short() -> None:
+    sizes = {
+        blocks: [s.num_blocks for s in split_segments(0, 2, 0, blocks, block_bytes_per_layer=100, slot_bytes=1600)]
+        for blocks in (8, 32, 33, 512)
+    }
+    assert sizes[8] == [8]
+    assert sizes[32] == [8] * 4
+    assert sizes[33] == [2, 8, 7, 7, 7, 2]
+    assert sizes[512] == [2, *[8] * 60, *[7] * 4, 2]
+
+
 def test_a_slot_smaller_than_a_block_is_refused() -> None:
     with pytest.raises(ValueError, match="smaller than one block"):
         split_segments(0, 1, 0, 1, block_bytes_per_layer=100, slot_bytes=99)
