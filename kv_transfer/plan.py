@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from kv_transfer.messages import Segment
 
-
 _MANY = 4  # messages, of which the ends are made shorter
 
 
