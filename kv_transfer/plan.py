@@ -40,8 +40,9 @@ def split_segments(
 
 
 def _tapered_ranges(start: int, end: int, largest: int) -> list[tuple[int, int]]:
-    """[start, end) as ranges of at most `largest`. Where there are many the first and the last are short: the wire waits
-    for the pack of the first, and the admission for the unpack of the last.
+    """[start, end) as ranges of at most `largest`. Where there are many the first and the last are short.
+
+    For the wire waits for the pack of the first, and the admission for the unpack of the last.
     """
     short = largest // 4
     if short == 0 or end - start <= _MANY * largest:
