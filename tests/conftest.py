@@ -1,4 +1,7 @@
-"""A run that is ended from outside, for taking too long say, tells where it stood. No example fails for being slow."""
+"""A run that is ended from outside, for taking too long say, tells where it stood. No example fails for being slow.
+
+Tests that are coroutines run on the event loop that Baton's own processes run on.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import signal
 
 import hypothesis
 import pytest
+import uvloop
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -15,3 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("shared cores", deadline=None)
     hypothesis.settings.load_profile("shared cores")
     faulthandler.register(signal.SIGTERM, file=os.dup(2), chain=True)
+
+
+@pytest.fixture(scope="session")
+def event_loop_policy() -> uvloop.EventLoopPolicy:
+    """What pytest-asyncio asks for."""
+    return uvloop.EventLoopPolicy()

@@ -72,7 +72,7 @@ def test_graphs_and_overlap_change_no_token(
     harness.assert_at_rest()
 
 
-@pytest.mark.parametrize(("prefill_graph_tokens", "per_step"), [(0, 3), (256, 1)])
+@pytest.mark.parametrize(("prefill_graph_tokens", "per_step"), [(0, 3), (256, 2)])
 def test_announcements_carry_an_event(model_dir: Path, prefill_graph_tokens: int, per_step: int) -> None:
     harness = make_gpu_harness(model_dir, max_num_batched_tokens=48, prefill_graph_tokens=prefill_graph_tokens)
     harness.add(greedy("h", random_prompt(70), hand_over=True))
