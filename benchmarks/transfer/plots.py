@@ -46,11 +46,11 @@ def _exposed(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _bulk(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    points = [
+    points = sorted(
         (int(match[1]), row["details"]["gb_s"], row["details"].get("raw_gb_s"))
         for row in rows
         if (match := _BULK.match(row["work"])) and row["value"] is not None
-    ]
+    )
     if points:
         tokens = [point[0] for point in points]
         axes.plot(tokens, [point[1] for point in points], "o-", label="ready to admissible")
