@@ -5,9 +5,11 @@ Tests that are coroutines run on the event loop that Baton's own processes run o
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
 import os
 import signal
+from collections.abc import Callable
 
 import hypothesis
 import pytest
@@ -21,7 +23,6 @@ def pytest_configure(config: pytest.Config) -> None:
     faulthandler.register(signal.SIGTERM, file=os.dup(2), chain=True)
 
 
-@pytest.fixture(scope="session")
-def event_loop_policy() -> uvloop.EventLoopPolicy:
-    """What pytest-asyncio asks for."""
-    return uvloop.EventLoopPolicy()
+@pytest.hookimpl(optionalhook=True)
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"uvloop": uvloop.new_event_loop}
