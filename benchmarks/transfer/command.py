@@ -50,6 +50,7 @@ def bench_transfer(
     slot_kib: Annotated[int, Flag(min=4, help="KiB of one slot, the largest message.")] = _TRANSFER.slot_bytes // 1024,
     max_ctas: Annotated[int, Flag(min=1, help="Multiprocessors that NCCL may take.")] = _TRANSFER.max_ctas,
     window_s: Annotated[float, Flag(help="Seconds of steps for each comparison.")] = 2.0,
+    hops: Annotated[bool, Flag(help="Note every change of threads of every chunk in the JSON.")] = False,
     plot: Annotated[bool, Flag(help="Draw figures beside the JSON.")] = True,
 ) -> None:
     """KV hand-over between one prefill and one decode GPU: bandwidth, exposed time, what receiving costs decode."""
@@ -73,6 +74,7 @@ def bench_transfer(
         slot_bytes=slot_kib * 1024,
         max_ctas=max_ctas,
         window_s=window_s,
+        hops=hops,
     )
     done = asyncio.run(_run(options, parts, out, commit))
     print_rows(done)

@@ -63,6 +63,13 @@ def hand_over(sender: dict[str, Any], receiver: dict[str, Any]) -> HandOver:
     )
 
 
+def merged_hops(sent: dict[str, Any], taken: dict[str, Any]) -> list[list[Any]]:
+    """[milliseconds before the last admission, end, what] of the stamps of both ends (`benchmarks.transfer.hops`)."""
+    stamps = [(at, end, what) for end, log in (("prefill", sent), ("decode", taken)) for at, what in log["hops"]]
+    last = max((at for at, _, what in stamps if what.startswith("DecodeHalf._admit")), default=0.0)
+    return [[round((at - last) * 1e3, 3), end, what] for at, end, what in sorted(stamps)]
+
+
 Step = Sequence[float]  # (end, seconds, sequences that decoded, prompt tokens)
 
 

@@ -184,6 +184,8 @@ async def _exposed(session: Session, sender: str, tokens: int, beside: str) -> R
         "bytes": done[0].num_bytes,
     }
     details["chunk_us"] = phases(log["chunks"])
+    if session.options.hops:
+        details["hops"] = log["hops"]
     details["chunk_delays"] = [chunk["posted_at"] - chunk["announced_at"] for chunk in log["chunks"]]
     at_most, wanted = None, None
     if sender == "stream" and tokens == 512:
@@ -205,6 +207,8 @@ async def _bulk(session: Session, tokens: int) -> Row:
     raw_rate = session.raw_rates.get(size)
     details = {"bytes": num_bytes, "all_ms": [one.span * 1e3 for one in done], "gb_s": rate / 1e9}
     details["cpu_us_per_chunk"] = log["cpu_us"]
+    if session.options.hops:
+        details["hops"] = log["hops"]
     if raw_rate is None:
         return Row(f"bulk, {tokens} tokens", rate / 1e9, "GB/s", details=details)
     details["raw_gb_s"] = raw_rate / 1e9

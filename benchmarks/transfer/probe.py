@@ -26,6 +26,7 @@ from baton.engine.ports import Ports
 from baton.worker.half import Half, HalfFactory, WorkerContext
 from baton.worker.interpreter import freeze_heap, shorten_turns
 from baton.worker.shell import WorkerShell, resolve_device
+from benchmarks.transfer.hops import Hops
 from benchmarks.transfer.observe import Marks, ObservedEngine, ObservedPorts, WorkerLog
 from benchmarks.transfer.packing import pack_seconds
 from benchmarks.transfer.raw import RawLink
@@ -47,9 +48,10 @@ class Probe:
         self._role = role
         self._rank = RANKS[role]
 
-    async def start(self, config: dict[str, Any], max_ctas: int) -> dict[str, Any]:
+    async def start(self, config: dict[str, Any], max_ctas: int, hops: bool) -> dict[str, Any]:
         """Build the engine with random weights and serve. Of the model only config.json is read."""
         started = time.monotonic()
+        self._hops = Hops(self._role) if hops else None
         settings = BatonConfig.model_validate(config)
         self._host = settings.cluster.worker_host or "127.0.0.1"
         self._device = resolve_device(settings.cluster.device)
@@ -111,6 +113,7 @@ class Probe:
         cpu = [now - before for now, before in zip(_cpu_seconds(), self._cpu, strict=True)]
         noted = await asyncio.to_thread(self._log.as_json)
         noted["cpu"] = {"loop": cpu[0], "process": cpu[1]}
+        noted["hops"] = [] if self._hops is None else self._hops.take()
         if self._timeline is not None:
             noted["chunks"] = [asdict(chunk) for chunk in self._timeline.chunks() if chunk.announced_at > self._since]
         return noted

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.engine.shapes import write_shape
 from benchmarks.transfer.children import Child, gpus
-from benchmarks.transfer.figures import HandOver, hand_over
+from benchmarks.transfer.figures import HandOver, hand_over, merged_hops
 from benchmarks.transfer.router_stream import WorkerStream
 from protos import worker_pb2 as pb
 
@@ -44,6 +44,7 @@ class Options:
     slot_bytes: int
     max_ctas: int
     window_s: float
+    hops: bool
 
     @property
     def vocab_size(self) -> int:
@@ -116,7 +117,9 @@ class Session:
         stack.push_async_callback(child.end)
         self.children[name] = child
         config = self.options.config(name, model)
-        self.about[name] = await child.ask("start", _START_S, config=config, max_ctas=self.options.max_ctas)
+        self.about[name] = await child.ask(
+            "start", _START_S, config=config, max_ctas=self.options.max_ctas, hops=self.options.hops
+        )
 
     def _gpu(self, name: str) -> str | None:
         if self.options.device == "cpu":
@@ -157,6 +160,7 @@ class Session:
             for end, log in (("prefill", sent), ("decode", taken))
             for part, seconds in log["cpu"].items()
         }
+        taken["hops"] = merged_hops(sent, taken)
         return [hand_over(sent["requests"][name], taken["requests"][name]) for name in names], taken
 
     @contextlib.asynccontextmanager

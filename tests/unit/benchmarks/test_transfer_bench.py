@@ -99,7 +99,9 @@ def test_a_wrong_part_is_named() -> None:
 def test_a_run_on_cpus(tmp_path: Path) -> None:
     """Two prefill workers and a decode worker over gloo: the parts have figures, and their bytes are the model's."""
     out, tokens = tmp_path / "transfer.json", 112
-    flags = f"--shape tiny --device cpu --tokens {tokens} --repeats 1 --batch 2 --context 32 --slot-kib 16 --no-plot"
+    flags = (
+        f"--shape tiny --device cpu --tokens {tokens} --repeats 1 --batch 2 --context 32 --slot-kib 16 --no-plot --hops"
+    )
     parts = [flag for part in ("raw", "idle", "batch", "steps", "packing") for flag in ("--part", part)]
     arguments = ["bench", "transfer", *flags.split(), "--prefill-budget", "32", "--window-s", "0.6", *parts]
     outcome = CliRunner().invoke(app, [*arguments, "--out", str(out)])
@@ -115,7 +117,25 @@ def test_a_run_on_cpus(tmp_path: Path) -> None:
             assert 0 < row["value"] < 5000
             assert row["details"]["prefill_ms"] > 0
             assert len(row["details"]["chunk_us"]) == 4, "a phase of the chunks was not noted"
+            assert_way_of_a_chunk(row["details"]["hops"])
     bulk = rows[f"bulk, {tokens} tokens, ready to admissible, of raw"]
     assert bulk["details"]["bytes"] == kv_bytes
     assert 0 < bulk["value"] <= 100
     assert {row["unit"] for work, row in rows.items() if work.startswith("decode step")} == {"x idle"}
+
+
+def assert_way_of_a_chunk(hops: list[tuple[float, str, str]]) -> None:
+    """The last chunk's, through the threads of both ends, in the order in which one causes the next."""
+    seq = max(int(what.split()[-2]) for _, _, what in hops if what.startswith("DecodeHalf._feed Chunk"))
+    way = [
+        ("prefill", f"SendLink._start_pack Pack {seq} wait >"),
+        ("prefill", f"PrefillHalf._feed Packed {seq} <"),
+        ("decode", f"DecodeHalf._feed Chunk {seq} <"),
+        ("decode", f"RecvLink._start_recv StartRecv {seq} <"),
+        ("decode", f"RecvLink._start_unpack Unpack {seq} wait >"),
+        ("decode", f"DecodeHalf._feed Unpacked {seq} <"),
+        ("decode", "DecodeHalf._admit Admit <"),
+    ]
+    times = [max(at for at, end, what in hops if (end, what) == hop) for hop in way]
+    assert times == sorted(times)
+    assert hops == sorted(hops)
