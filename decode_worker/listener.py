@@ -13,7 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from baton.worker.frame_stream import FrameStream
+from baton.common.errors import ConfigError
+from baton.worker.frame_stream import MAX_FRAME_BYTES, FrameStream
 from baton.worker.half import WorkerContext
 from baton.worker.join import ConnectedAhead, join_pair
 from baton.worker.pair import Pair, Pairs
@@ -31,6 +32,8 @@ from protos.transfer_pb2 import DecodeFrame, PrefillFrame
 
 logger = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 5.0
+MAX_HELLO_BYTES = 64 * 1024
+MAX_STRANGERS = 64  # streams without a hello yet
 
 Stream = FrameStream[PrefillFrame, DecodeFrame]
 
@@ -61,6 +64,7 @@ class Listener:
         self._launch_lock = threading.Lock()
         self._ahead = ConnectedAhead(context.config.transfer.num_pairs)
         self._epochs = itertools.count(1)
+        self._num_strangers = 0
         self._backend = resolve_backend(context.config.transfer.backend, context.device)
 
     async def start(self) -> None:
@@ -79,14 +83,24 @@ class Listener:
         self._store.close()
 
     def _on_open(self, stream: Stream) -> None:
+        stream.max_frame_bytes = MAX_HELLO_BYTES
+        if self._num_strangers >= MAX_STRANGERS:
+            logger.warning("%d streams without a hello: one more is turned away", self._num_strangers)
+            stream.close()
+            return
+        self._num_strangers += 1
         self._tasks.spawn(self._attend(stream), "a prefill worker's stream")
 
     async def _attend(self, stream: Stream) -> None:
         try:
             hello = await self._read_hello(stream)
             if self._fits(hello, stream):
+                stream.max_frame_bytes = MAX_FRAME_BYTES
                 await self._end_older(hello.worker_id)
                 await self._serve(hello, stream)
+        except ConfigError as error:  # a setting of ours rules this peer out, now and later
+            logger.error("a prefill worker is refused: %s", error)
+            stream.send(decode_frame(Refused(str(error))))
         except (ConnectionError, TransferError, WireError) as error:
             logger.warning("no connection with a prefill worker: %s", error)
         finally:
@@ -98,6 +112,8 @@ class Listener:
             hello = parse_prefill_frame(await asyncio.wait_for(anext(stream), HELLO_TIMEOUT_S))
         except (TimeoutError, StopAsyncIteration):
             raise ConnectionError("a stream that did not begin with a hello") from None
+        finally:
+            self._num_strangers -= 1
         if not isinstance(hello, Hello):
             raise WireError("PrefillFrame.frame", f"is a {type(hello).__name__} where a Hello must be")
         return hello

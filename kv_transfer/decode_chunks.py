@@ -70,9 +70,10 @@ def on_received(turn: Turn, event: Received) -> None:
     chunk, slot, _ = link.flights[index]
     lease = turn.live_lease(event.peer, chunk.lease)
     if lease is None or not is_wanted(turn, lease, chunk):
-        _finish(turn, event.peer, index)
+        _free(turn, event.peer, index)
         if lease is not None:
             try_admit(turn, lease)
+        _return_credits(turn, event.peer, link.done_through)
         return
     flights = _with(link, index, RecvFlight(chunk, slot, RecvStage.UNPACKING))
     turn.put_link(event.peer, Link(link.epoch, link.slots, link.next_seq, link.done_through, flights))
@@ -108,13 +109,6 @@ def on_unpacked(turn: Turn, event: Unpacked) -> None:
     else:
         ends.fail(turn, lease, "corrupt", f"chunk {event.seq} does not match its fingerprints")
     _return_credits(turn, event.peer, link.done_through)
-
-
-def _finish(turn: Turn, peer: str, index: int) -> None:
-    """Of a chunk that nobody wants."""
-    before = turn.link(peer).done_through
-    _free(turn, peer, index)
-    _return_credits(turn, peer, before)
 
 
 def _return_credits(turn: Turn, peer: str, before: int) -> None:

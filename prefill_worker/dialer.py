@@ -141,7 +141,10 @@ class Dialer:
                 await asyncio.wait({ready, joining}, return_when=asyncio.FIRST_COMPLETED)
                 if not ready.done():
                     await joining
-                if not isinstance(await ready, Heartbeat):
+                first = await ready
+                if isinstance(first, Refused):
+                    raise PeerRefused(first.message)
+                if not isinstance(first, Heartbeat):
                     raise PeerUnreachable("the peer did not join")
                 return await joining
         except BaseException:

@@ -11,6 +11,8 @@ from grpc_tools import protoc
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+SERVICES = ("inference", "worker")  # travel over gRPC
+MESSAGES = (*SERVICES, "transfer")
 
 
 def generate(target: Path) -> None:
@@ -20,10 +22,10 @@ def generate(target: Path) -> None:
         f"--plugin=protoc-gen-{name}={Path(sys.executable).parent / f'protoc-gen-{name}'}"
         for name in ("mypy", "mypy_grpc")
     ]
-    outputs = [f"--{kind}_out={target}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
-    sources = [str(path.relative_to(ROOT)) for path in sorted(HERE.glob("*.proto"))]
-    if protoc.main(["protoc", *includes, *plugins, *outputs, *sources]) != 0:
-        raise RuntimeError("protoc failed")
+    for kinds, names in ((("python", "mypy"), MESSAGES), (("grpc_python", "mypy_grpc"), SERVICES)):
+        outputs = [f"--{kind}_out={target}" for kind in kinds]
+        if protoc.main(["protoc", *includes, *plugins, *outputs, *(f"protos/{name}.proto" for name in names)]) != 0:
+            raise RuntimeError("protoc failed")
 
 
 def stale() -> list[str]:

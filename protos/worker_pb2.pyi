@@ -369,7 +369,7 @@ class ConnectPeer(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     address: _builtins.str
-    """host:port of its gRPC server"""
+    """the transfer_address of its WorkerHello"""
     def __init__(
         self,
         *,

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import uvloop
 
 from baton.chaos.cluster import Size, TargetCluster, model_directory, target_cluster
 from baton.chaos.faults import FaultSeries
@@ -32,7 +31,7 @@ def run_plan(plan: ChaosPlan, announce: Callable[[str], None]) -> Result:
     with model_directory(plan) as model:
         torch.set_num_threads(1)  # the forwards are too small to share
         judge = Judge(model, Reference(model, plan.limits.near_tie))
-        result = uvloop.run(_run(plan, model, announce))
+        result = asyncio.run(_run(plan, model, announce))
         announce(f"judging {len(result.streams)} requests")
         judge.judge(result, announce)
     return result

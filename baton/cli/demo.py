@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import grpc
 import httpx
-import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +34,7 @@ def demo() -> None:
             "router.policy": "remote",
         },
     )
-    uvloop.run(_demo(config))
+    asyncio.run(_demo(config))
 
 
 async def _demo(config: BatonConfig) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvloop
 
 from baton.cluster.serving import serving_cluster
 from baton.common.config import BatonConfig, load_config
@@ -71,7 +70,7 @@ def serve(
     settings = load_config(config, {key: value for key, value in flags.items() if value is not None})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
-    uvloop.run(_serve(settings))
+    asyncio.run(_serve(settings))
 
 
 async def _serve(config: BatonConfig) -> None:

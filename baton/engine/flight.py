@@ -81,7 +81,10 @@ class Pacer:
 
 
 def _kind(step: ScheduledStep) -> int | None:
-    """0 where a step only decodes, its size where it only computes prompts. What does both has no equals."""
-    if step.decodes and step.prefills:
+    """0 where a step only decodes, its size where it only computes prompts from their start.
+
+    What does both has no equals, nor has a later part of a prompt, whose time grows with what is before it.
+    """
+    if step.prefills and (step.decodes or not all(segment.is_first for segment in step.prefills)):
         return None
     return -(-step.num_prefill_tokens // _ALIKE_TOKENS)

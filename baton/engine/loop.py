@@ -212,12 +212,12 @@ class Engine:
         num_blocks = num_completed_blocks(hand_overs, self._pool.block_size)
         groups = self._layer_groups.groups(num_blocks, step.num_prefill_tokens) if hand_overs else ()
         launched = self._runner.launch(step, groups, announcer(self._ports, hand_overs, self._pool.block_size))
+        for segment in hand_overs:  # decode waits for what lands
+            self._pool.register_soon(segment.request.request_id, segment.request.token_ids, segment.end)
         ends = tuple(r.num_computed_tokens + 1 for r in step.decodes) + tuple(s.end for s in step.prefills)
         for request, end in zip(step.requests(), ends, strict=True):
             request.num_computed_tokens = end
             request.steps_in_flight += 1
-        for segment in hand_overs:  # decode waits for what lands
-            self._pool.register_soon(segment.request.request_id, segment.request.token_ids, segment.end)
         for row, request in enumerate(step.sampled()):
             request.draw_row = row
         return Flight(step, ends, launched.tokens, launched.logprobs, started)
@@ -256,11 +256,11 @@ class Engine:
             self._log.event(request.request_id, _TOKEN_EVENTS[request.num_output_tokens - 1])
         reason = request.finish_reason()
         if request.hand_over:
+            self._book.hand_over(request)
             name, of_prompt = request.request_id, tuple(request.prompt_logprobs)
             self._ports.on_prefill_done(
                 PrefillDone(name, request.num_prompt_tokens, token, reason, logprobs, of_prompt)
             )
-            self._book.hand_over(request)
         elif reason is not None:
             self._book.finish(request, (token,), reason, logprobs)
         else:

@@ -85,8 +85,9 @@ class PrefixCache:
         """
         self.hash_ahead(chain, token_ids, num_full)
         start = len(chain.hashes)
-        entered, chain.ahead = chain.ahead[: num_full - start], chain.ahead[num_full - start :]
-        for block, (link, tokens) in zip(blocks[start:], entered, strict=False):
+        count = max(0, num_full - start)
+        entered, chain.ahead = chain.ahead[:count], chain.ahead[count:]
+        for block, (link, tokens) in zip(blocks[start : start + count], entered, strict=True):
             chain.hashes.append(link)
             if link not in self._entries and block not in self._hash_of_block:
                 self._entries[link] = _Entry(block, tokens)

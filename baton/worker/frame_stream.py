@@ -19,26 +19,29 @@ from kv_transfer.wire import WireError
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
+_FRAME_BYTES = 1024  # what a parsed frame takes beside its data, at most
 _UNREAD_BYTES = 4 * 1024 * 1024  # that wait for their reader before the socket is left alone
 _UNSENT_BYTES = 64 * 1024 * 1024  # that a peer leaves unread before the stream breaks
 _FLUSH_S = 2.0
 
-I = TypeVar("I", bound=Message)  # noqa: E741 (frames in)
-O = TypeVar("O", bound=Message)  # noqa: E741 (frames out)
+In = TypeVar("In", bound=Message)
+Out = TypeVar("Out", bound=Message)
 
 
-class FrameStream(asyncio.Protocol, Generic[I, O]):
+class FrameStream(asyncio.Protocol, Generic[In, Out]):
     """One end of a connection, for `create_connection` and `create_server`. Iterate over it for the peer's frames.
 
     The iteration ends when the peer closes the stream, and raises ConnectionError when it breaks, WireError when the
     peer sends what is no frame; what came before is read first. `on_open` is told when the connection is up.
+    `max_frame_bytes`: of the frames to come; may be set at any time.
     """
 
-    def __init__(self, frame: type[I], on_open: Callable[[FrameStream[I, O]], None] = lambda _: None) -> None:
+    def __init__(self, frame: type[In], on_open: Callable[[FrameStream[In, Out]], None] = lambda _: None) -> None:
+        self.max_frame_bytes = MAX_FRAME_BYTES
         self._frame = frame
         self._on_open = on_open
         self._buffer = bytearray()
-        self._frames: deque[tuple[I, int]] = deque()
+        self._frames: deque[tuple[In, int]] = deque()
         self._unread_bytes = 0
         self._is_paused = False
         self._news = asyncio.Event()  # a frame has come, or the end
@@ -73,10 +76,10 @@ class FrameStream(asyncio.Protocol, Generic[I, O]):
 
     # ---- what the pair calls
 
-    def __aiter__(self) -> FrameStream[I, O]:
+    def __aiter__(self) -> FrameStream[In, Out]:
         return self
 
-    async def __anext__(self) -> I:
+    async def __anext__(self) -> In:
         while not self._frames:
             if self.lost.is_set():
                 if self._end is not None:
@@ -85,14 +88,14 @@ class FrameStream(asyncio.Protocol, Generic[I, O]):
             self._news.clear()
             await self._news.wait()
         frame, length = self._frames.popleft()
-        self._unread_bytes -= length
+        self._unread_bytes -= length + _FRAME_BYTES
         if self._is_paused and self._unread_bytes <= _UNREAD_BYTES // 2:
             assert self._transport is not None
             self._is_paused = False
             self._transport.resume_reading()
         return frame
 
-    def send(self, frame: O) -> None:
+    def send(self, frame: Out) -> None:
         """Send a frame in this turn of the loop, behind those before it; nothing of a stream that is over.
 
         A peer that reads too slowly breaks the stream, and the iteration says so.
@@ -116,17 +119,17 @@ class FrameStream(asyncio.Protocol, Generic[I, O]):
         start, buffer = 0, self._buffer
         while len(buffer) - start >= _LENGTH.size:
             [length] = _LENGTH.unpack_from(buffer, start)
-            if length > MAX_FRAME_BYTES:
-                raise WireError("frame", f"announces {length} bytes, the limit is {MAX_FRAME_BYTES}")
+            if length > self.max_frame_bytes:
+                raise WireError("frame", f"announces {length} bytes, the limit is {self.max_frame_bytes}")
             end = start + _LENGTH.size + length
             if end > len(buffer):
                 break
             self._frames.append((self._parsed(bytes(buffer[start + _LENGTH.size : end])), length))
-            self._unread_bytes += length
+            self._unread_bytes += length + _FRAME_BYTES
             start = end
         del buffer[:start]
 
-    def _parsed(self, data: bytes) -> I:
+    def _parsed(self, data: bytes) -> In:
         try:
             return self._frame.FromString(data)
         except DecodeError:

@@ -34,16 +34,16 @@ class Closable(Protocol):
 
 
 F = TypeVar("F")
-F_in = TypeVar("F_in", contravariant=True)
+Out = TypeVar("Out", contravariant=True)
 L = TypeVar("L", bound=Closable)
 R = TypeVar("R")
 PairEvent = PeerConnected | PeerLost | EpochDestroyed
 
 
-class Outlet(Protocol[F_in]):
+class Outlet(Protocol[Out]):
     """What a pair needs of its stream to say something. Frames go out in the turn of the loop that sends them."""
 
-    def send(self, frame: F_in) -> None: ...
+    def send(self, frame: Out) -> None: ...
 
 
 class Pair(Generic[F, L]):

@@ -1,6 +1,7 @@
-"""What every long-lived stream of a worker needs: an outbox, a watch on the peer's silence, an orderly end.
+"""What the long-lived streams of a worker need: a watch on the peer's silence, an orderly end, an outbox.
 
-Used on the asyncio thread by the Attach service (router) and by both ends of a pair (the other worker).
+Used on the asyncio thread by the Attach service (router) and by both ends of a pair (the other worker), which need no
+outbox: their frames go to the socket at once.
 """
 
 from __future__ import annotations

@@ -19,8 +19,16 @@ from kv_transfer import (
     prefill_protocol,
 )
 from kv_transfer.decode_state import Lease, LeasePhase, RecvFlight
-from kv_transfer.events import OpenRequested, PeerConnected, PrefillRequested, ReleaseLease, ReportFailed
-from kv_transfer.messages import Chunk, Commit, Committed, LeaseKey
+from kv_transfer.events import (
+    OpenRequested,
+    PeerConnected,
+    PrefillRequested,
+    Received,
+    ReleaseLease,
+    ReportFailed,
+    Unpack,
+)
+from kv_transfer.messages import Chunk, ChunksDone, Commit, Committed, LeaseKey
 from kv_transfer.prefill_state import Attempt
 from kv_transfer.slots import SlotPool
 from tests.transfer.explorer.config import Config, RequestSpec
@@ -132,15 +140,14 @@ def _forget_attempt(turn: prefill_ends.Turn, key: Any, attempt: Attempt) -> None
     turn.holders, turn.aliases = turn.holders.discard(key), turn.aliases.discard(attempt.alias)
 
 
-_finish_chunk = decode_chunks._finish
+_on_received = decode_chunks.on_received
 
 
-def _keep_credit_of_dropped(turn: decode_ends.Turn, peer: str, index: int) -> None:
-    chunk = turn.link(peer).flights[index].chunk
-    before = len(turn.actions)
-    _finish_chunk(turn, peer, index)
-    if turn.live_lease(peer, chunk.lease) is None:
-        del turn.actions[before:]
+def _keep_credit_of_dropped(turn: decode_ends.Turn, event: Received) -> None:
+    _on_received(turn, event)
+    if not any(isinstance(action, Unpack) for action in turn.actions):
+        messages = [getattr(action, "message", None) for action in turn.actions]
+        turn.actions = [a for a, said in zip(turn.actions, messages, strict=True) if not isinstance(said, ChunksDone)]
 
 
 _drain = prefill_ends.drain
@@ -230,7 +237,7 @@ MUTANTS = (
     Mutant(
         "credits of dropped chunks are kept",
         world("cancel"),
-        ((decode_chunks, "_finish", _keep_credit_of_dropped),),
+        ((decode_chunks, "on_received", _keep_credit_of_dropped),),
     ),
     Mutant("every end is reported, also a good one", world(), ((prefill_ends, "drain", _report_cancel),)),
     Mutant(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from baton.common.errors import ConfigError
 from baton.worker.frame_stream import FrameStream
 from baton.worker.shell import WorkerShell
 from decode_worker import listener
@@ -17,6 +18,7 @@ from decode_worker.handover import DecodeHalf
 from kv_transfer.messages import Finish, LeaseKey
 from kv_transfer.wire import Hello, Refused, Welcome, parse_decode_frame, prefill_frame
 from protos.transfer_pb2 import DecodeFrame, PrefillFrame
+from tests.support.eventually import eventually
 from tests.transfer.handover_cluster import config, worker
 
 WAIT_S = 20.0
@@ -45,6 +47,45 @@ async def ended(stream: Stream) -> None:
 
 def hello(decode: WorkerShell, worker_id: str) -> PrefillFrame:
     return prefill_frame(Hello(worker_id, decode._engine.layout))
+
+
+async def test_a_hello_is_small(decode: WorkerShell) -> None:
+    """A stranger cannot make the worker keep megabytes."""
+    host, _, port = decode.transfer_address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write((listener.MAX_HELLO_BYTES + 1).to_bytes(4, "big"))
+    assert await asyncio.wait_for(reader.read(1), WAIT_S) == b""
+    writer.close()
+
+
+async def test_strangers_beyond_a_number_are_turned_away(decode: WorkerShell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "MAX_STRANGERS", 2)
+    strangers = [await dial(decode) for _ in range(2)]
+    await ended(await dial(decode))
+    for stranger in strangers:
+        stranger.close()
+    [half] = [half for half in decode._halves if isinstance(half, DecodeHalf)]
+    await eventually(lambda: not half._listener._num_strangers)
+    stream = await dial(decode)
+    stream.send(hello(decode, "known"))
+    assert isinstance(parse_decode_frame(await asyncio.wait_for(anext(stream), WAIT_S)), Welcome)
+    stream.close()
+
+
+async def test_a_setting_that_rules_all_peers_out_is_told_to_them(
+    decode: WorkerShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_small(*_: object) -> object:
+        raise ConfigError("transfer.slot_bytes", "is smaller than a block")
+
+    monkeypatch.setattr("baton.worker.pair.StagingPool", too_small)
+    stream = await dial(decode)
+    stream.send(hello(decode, "unlucky"))
+    answer = parse_decode_frame(await asyncio.wait_for(anext(stream), WAIT_S))
+    assert isinstance(answer, Refused)
+    assert "smaller than a block" in answer.message
+    await ended(stream)
+    assert decode.health()["healthy"]
 
 
 async def test_who_says_nothing_is_turned_away(decode: WorkerShell, monkeypatch: pytest.MonkeyPatch) -> None:

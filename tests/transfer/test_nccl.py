@@ -191,7 +191,8 @@ class FakeNccl:
         return self._group
 
     def Options(self) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(config=SimpleNamespace())
+        self.options = SimpleNamespace(config=SimpleNamespace())
+        return self.options
 
     @contextmanager
     def _stream(self, stream: object) -> Iterator[None]:
@@ -227,6 +228,7 @@ def test_the_first_byte_does_not_go_by_the_models_stream(
     nccl.join().close()
     assert streams != [None]
     assert len(streams) == 1
+    assert nccl.options.is_high_priority_stream, "what arrives would wait for the unpack of what came before"
 
 
 def test_a_join_whose_first_byte_fails_leaves_nothing_behind(

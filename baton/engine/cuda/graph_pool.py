@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,7 +19,7 @@ def _uncut() -> None:
     pass
 
 
-def _on(_: int) -> None:
+def _say_nothing(_: int) -> None:
     pass
 
 
@@ -29,7 +30,7 @@ class Captured:
     graphs: tuple[torch.cuda.CUDAGraph, ...]
     output: torch.Tensor
 
-    def replay(self, after: Callable[[int], None] = _on) -> None:
+    def replay(self, after: Callable[[int], None] = _say_nothing) -> None:
         """Launch all graphs, and call `after` with its index when each is launched."""
         for index, graph in enumerate(self.graphs):
             graph.replay()
@@ -71,8 +72,9 @@ class GraphPool:
         graphs: list[torch.cuda.CUDAGraph] = []
 
         def begin() -> None:
-            graphs.append(torch.cuda.CUDAGraph())
-            graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            graphs.append(graph)
 
         def cut() -> None:
             graphs[-1].capture_end()
@@ -82,8 +84,11 @@ class GraphPool:
             begin()
             try:
                 output = compute(cut)
-            finally:
-                graphs[-1].capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # the first error counts; this one may follow from it
+                    graphs[-1].capture_end()
+                raise
+            graphs[-1].capture_end()
         return Captured(tuple(graphs), output)
 
     def _free_bytes(self) -> int:

@@ -94,12 +94,15 @@ def test_a_step_over_a_prompt_is_waited_for_like_one_of_its_size() -> None:
     pacer = Pacer(inbox, clock, 2.0)
     clock.advance(60.0)
     pacer.landed(flight(SlowTokens(), 0.0, over_prompt(512)))
-    alike, other = (flight(SlowTokens(), clock.now(), over_prompt(size)) for size in (500, 513))
+    alike, larger = (flight(SlowTokens(), clock.now(), over_prompt(size)) for size in (500, 513))
+    request = greedy("long", [1] * 1024, 1)
+    later = ScheduledStep(prefills=(PrefillSegment(request, 512, 1024),))
     clock.advance(60.0)
     assert pacer.await_landing(alike), "it ends now by all that is known"
     assert not pacer.hold_launch(alike)
     inbox.wake()
-    assert not pacer.await_landing(other), "of this size nothing is known"
+    assert not pacer.await_landing(larger), "of this size nothing is known"
+    assert not pacer.await_landing(flight(SlowTokens(), 60.0, later)), "it attends to the part before it as well"
 
 
 def test_a_step_that_ends_before_it_is_expected_is_noticed() -> None:

@@ -24,17 +24,12 @@ from prefill_worker import peers as peers_module
 from prefill_worker.dialer import Dialer, PeerRefused
 from prefill_worker.peers import Peers
 from protos import worker_pb2 as pb
+from tests.support.eventually import eventually
 from tests.support.worker_client import WorkerClient
 from tests.unit.worker.fake_engine import CONFIG, LAYOUT, FakeBuilder, FakeEngine
 from tests.unit.worker.test_attach import HOST, spec
 
 WAIT_S = 20.0
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():  # noqa: ASYNC110 (nothing tells of it)
-            await asyncio.sleep(0)
 
 
 # ---- the engine

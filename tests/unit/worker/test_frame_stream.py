@@ -15,6 +15,7 @@ from baton.worker import frame_stream
 from baton.worker.frame_stream import MAX_FRAME_BYTES, FrameStream
 from kv_transfer.wire import WireError
 from protos import transfer_pb2 as pb
+from tests.support.eventually import eventually
 
 Stream = FrameStream[pb.PrefillFrame, pb.PrefillFrame]
 WAIT_S = 20.0
@@ -159,6 +160,21 @@ async def test_what_a_peer_reads_late_is_not_lost() -> None:
             stream.send(abort("x" * 1_000_000, number))
         await asyncio.sleep(0)
         assert [(await anext(other)).abort.lease for _ in range(count)] == [*range(count)]
+
+
+@pytest.mark.parametrize("size", [0, 1000, 1_000_000])
+async def test_what_nobody_reads_stays_with_who_sends_it(size: int) -> None:
+    """Whether it comes in few frames or in many: a frame takes memory beside its data."""
+    opened: asyncio.Queue[Stream] = asyncio.Queue()
+    frame = abort("x" * size)
+    count = 40_000_000 // (size + 40)
+    async with dialled(opened) as stream:
+        other = await opened.get()
+        for _ in range(count):
+            stream.send(frame)
+        await eventually(lambda: other._is_paused)
+        assert len(other._frames) < min(100_000, 8_000_000 // (size + 1)), "what one read holds, and a little more"
+        assert [await anext(other) for _ in range(count)] == [frame] * count
 
 
 async def test_a_peer_that_reads_nothing_breaks_the_stream_and_takes_no_more_memory() -> None:
