@@ -181,9 +181,11 @@ class BlockPool:
 
     def register(self, owner: str, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         """Let others find the holder's full blocks among its first `num_computed_tokens`, whose KV is there."""
-        if self._prefix is not None:
-            holding = self._holdings[owner]
-            self._prefix.extend(holding.chain, token_ids, holding.blocks, num_computed_tokens // self.block_size)
+        if self._prefix is None:
+            return
+        holding, num_full = self._holdings[owner], num_computed_tokens // self.block_size
+        if num_full > len(holding.chain.hashes):  # of a decode one step in `block_size`
+            self._prefix.extend(holding.chain, token_ids, holding.blocks, num_full)
 
     def register_soon(self, owner: str, token_ids: Sequence[int], num_tokens: int) -> None:
         """The KV of these tokens is being computed: do now what would take time once it is there."""
