@@ -3,9 +3,11 @@
 . benchmarks/gpu/common.sh
 bench() { stage "$1" "$2" python3 -m baton bench transfer --context 1024 --no-plot --commit "$COMMIT" --out "$RESULTS/$1.json" "${@:3}"; }
 
-if wanted short; then # eight chunks of 32 MiB in flight, then four of 64 MiB
-  bench transfer 95 --repeats 5 --window-s 1.2 --tokens 512 --tokens 2048 --tokens 8192 --part raw --part idle --part batch --part steps --part packing
-  bench transfer-64 58 --repeats 5 --window-s 1.2 --tokens 512 --tokens 8192 --window 4 --slot-kib 65536 --part raw --part idle --part batch
+if wanted short; then
+  bench transfer 95 --repeats 11 --window-s 1.2 --tokens 512 --tokens 2048 --tokens 8192 --part raw --part idle --part batch --part steps --part packing --part epochs
+fi
+if wanted hops; then # where the time goes: every change of threads of every chunk, in the JSON
+  bench transfer-hops 60 --hops --repeats 7 --window-s 1 --tokens 512 --tokens 8192 --part raw --part idle --part batch
 fi
 if wanted long; then # 118 GB of GPU memory
   bench transfer-long 125 --repeats 2 --window-s 1 --tokens 32768 --tokens 131008 --batch 16 --part raw --part long
