@@ -63,6 +63,13 @@ def test_blocks_arrive_where_they_belong_and_nowhere_else() -> None:
         assert decode.staging.in_use == prefill.staging.in_use == 0
 
 
+def test_a_message_goes_before_the_unpack_of_the_one_before_it() -> None:
+    """And an unpack before no kernel of decode's. The device keeps the order, where there is one."""
+    with linked_pair() as (decode, prefill):
+        lanes = (decode.link._wire, prefill.link._wire, prefill.link._copy, decode.link._copy)
+        assert [lane.stream._priority for lane in lanes] == [-1, -1, -1, 0]
+
+
 def test_many_chunks_over_few_slots() -> None:
     with linked_pair() as (decode, prefill):
         for seq in range(30):
